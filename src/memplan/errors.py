@@ -1,0 +1,60 @@
+"""
+Every error that a person sees, in one tree.
+
+* MemplanError
+  + JobError           the job file or a flag is wrong                            exit code 2
+  + ModelError         the model cannot be found or read                          exit code 2
+  + UnknownModel       the model's architecture or config is not known to us      exit code 3
+  + GpuError           no such GPU in the catalogue, or a size we cannot read     exit code 2
+  + NoLiveGpu          a live reading was asked for and none can be had           exit code 3
+  + DataError          the training data is missing, empty or unreadable          exit code 2
+  + RunError           training could not start, continue or save                 exit code 2
+
+A message is one sentence that says what is wrong, with the value and the limit. `hint` says what to do about it: a
+command or a field to change. Only the command line prints them.
+"""
+
+from __future__ import annotations
+
+
+class MemplanError(Exception):
+    """A failure that is explained to the user in one sentence and a remedy, never with a traceback."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class JobError(MemplanError):
+    """The job as asked cannot be understood, or contradicts itself."""
+
+
+class ModelError(MemplanError):
+    """The model named in the job cannot be found or its config cannot be read."""
+
+
+class UnknownModel(MemplanError):
+    """We know of no way to plan this architecture; a guess would cost a night of GPU time."""
+
+    exit_code = 3
+
+
+class GpuError(MemplanError):
+    """The GPU or memory size asked about means nothing to us."""
+
+
+class NoLiveGpu(MemplanError):
+    """A live reading was asked for on a machine where none can be had."""
+
+    exit_code = 3
+
+
+class DataError(MemplanError):
+    """The training data is missing, empty, or not in a format that can be read."""
+
+
+class RunError(MemplanError):
+    """Training could not start, continue or save."""

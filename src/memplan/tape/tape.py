@@ -1,0 +1,52 @@
+"""
+`Tape`: the ordered allocations and frees of loading a model and of training steps; the one structure between the
+writers (shape, trace, snapshot) and everything that reads them (allocator, budget, export, diff).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+CATEGORIES = (
+    "weights", "quant_state", "adapters", "gradients", "optimizer", "activations", "logits_loss", "inputs",
+    "workspace", "comm",
+)  # fmt: skip
+"""Categories of GPU storages inside torch's allocator."""
+
+PHASES = ("load", "forward", "backward", "optimizer_step")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What one allocation holds: `where` names module and tensor, shape and dtype are None when unknown."""
+
+    num_bytes: int
+    category: str
+    where: str
+    dtype: str | None
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A phase begins at `event`: index into `Tape.events` of its first event."""
+
+    event: int
+    phase: str
+    step: int
+    """0 while loading, then 1, 2, ..."""
+
+
+@dataclass
+class Tape:
+    """
+    Events as ints: `+i` allocates storage `i`, `-i` frees it (ids start at 1 and are never used twice).
+
+    `sizes[i]` is the bytes requested for storage `i`; `sizes[0]` is unused. `streams` holds the ids that live on
+    another stream than 0: the allocator keeps pools per stream. Host allocations are not on the tape but in `host`.
+    """
+
+    events: list[int]
+    sizes: list[int]
+    marks: list[Mark]
+    streams: dict[int, int] = field(default_factory=dict)
