@@ -1,5 +1,5 @@
 """
-`Architecture`: the numbers of a model that decide its memory, and every parameter tensor that follows from them.
+`Architecture`: the numbers of a model that decide its memory, and the tensors that follow from them.
 
 Read from a `config.json` or a catalogue entry; nothing here imports transformers or torch, or knows of jobs.
 """
@@ -31,12 +31,44 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class LinearModule:
+    """One linear layer, named as transformers names the module; what adapters and 4-bit storage attach to."""
+
+    name: str
+    """e.g. `model.layers.0.self_attn.q_proj`"""
+    in_features: int
+    out_features: int
+    bias: bool
+    layer: int | None
+    """Index of the block it belongs to; None for the head."""
+    transposed: bool = False
+    """A `transformers.pytorch_utils.Conv1D`: its weight is (in_features, out_features)."""
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the weight as stored."""
+        if self.transposed:
+            return (self.in_features, self.out_features)
+        return (self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One tensor of the model that is no parameter but sits on the device."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    layer: int | None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """
     A decoder-only transformer, in the words of `config.json`.
 
-    `family` names the program that the shape writer runs: `llama` covers Llama and Mistral, `qwen2` adds biases to
-    q, k and v, `qwen3` adds norms on q and k, `gpt2` is GPT-2.
+    `family` names the program that the shape writer runs: `llama` covers Llama and Mistral, `qwen2` adds
+    biases to q, k and v, `qwen3` adds norms on q and k, `gpt2` is GPT-2.
     """
 
     name: str
@@ -62,3 +94,5 @@ class Architecture:
     embedding_dropout: float = 0.0
     source: str = ""
     """Where the numbers come from: a file, a catalogue entry and its source."""
+    layer_types: tuple[str, ...] = ()
+    """`full_attention` or `sliding_attention` of each block where they differ; empty when all are alike."""
