@@ -1,10 +1,12 @@
 """
 What a user wants to run: a `Job`, as frozen dataclasses whose fields are the fields of the job file.
 
-A `Job` knows nothing of bytes, GPUs or torch. Derived values are properties. `setting(...)` keeps the sentence that
-describes a field, its choices and its lower bound next to the field; the reader's errors, the JSON schema and the
+A `Job` knows nothing of bytes, GPUs or torch. Derived values are properties. `setting(...)` keeps the sentence
+that describes a field, its choices and its bounds next to the field; the reader's errors, the JSON schema and the
 generated reference all come from there.
 """
+
+# ruff: noqa: RUF009 (`setting` returns a dataclass field, not a shared default)
 
 from __future__ import annotations
 
@@ -30,9 +32,15 @@ def setting(
     choices: tuple[Any, ...] | None = None,
     minimum: float | None = None,
     exclusive: bool = False,
+    below: float | None = None,
 ) -> Any:
-    """A dataclass field with its one-sentence description, its choices, and its lower bound (`exclusive`: above it)."""
-    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "exclusive": exclusive}
+    """
+    A dataclass field with its one-sentence description, its choices, its lower bound (`exclusive`: it must lie
+    above that) and its upper one (it must lie `below` that).
+
+    Where a field takes a word or a list, the choices are the words.
+    """
+    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "exclusive": exclusive, "below": below}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if default is dataclasses.MISSING:
@@ -45,10 +53,14 @@ class Lora:
     """Low-rank adapters beside frozen linear layers (`method: lora` and `qlora`)."""
 
     rank: int = setting(16, "Inner dimension of each adapter", minimum=1)
-    alpha: float = setting(32, "Scale: the adapter's output is multiplied by alpha / rank", minimum=0, exclusive=True)
-    dropout: float = setting(0.0, "Dropout on the adapter's input, in [0, 1)", minimum=0)
+    alpha: float = setting(
+        32, "Scale: the adapter's output is multiplied by alpha / rank", minimum=0, exclusive=True
+    )
+    dropout: float = setting(0.0, "Dropout on the adapter's input, in [0, 1)", minimum=0, below=1)
     target_modules: str | tuple[str, ...] = setting(
-        "all-linear", "Names of the linear layers that get an adapter, or `all-linear` (all but the head)"
+        "all-linear",
+        "Names of the linear layers that get an adapter, or `all-linear` (all but the head)",
+        choices=("all-linear",),
     )
     dtype: str = setting("float32", "dtype of the adapters in memory", choices=tuple(DTYPE_BYTES))
 
@@ -58,7 +70,9 @@ class Npt:
     """Neuro-Plastic Transformer layers trained to equal the blocks they replace (`method: npt`)."""
 
     layers: str | tuple[int, ...] = setting(
-        "upper_half", "Blocks to convert: `all`, `upper_half`, `lower_half`, or a list of indices"
+        "upper_half",
+        "Blocks to convert: `all`, `upper_half`, `lower_half`, or a list of indices",
+        choices=("all", "upper_half", "lower_half"),
     )
     rank: int = setting(16, "Inner dimension of the weight delta", minimum=1)
     modulation_scale: float = setting(0.1, "Factor on tanh(attention @ A)", minimum=0, exclusive=True)
@@ -67,7 +81,9 @@ class Npt:
         "`factored` never builds the weight delta; `materialised` builds it for every token",
         choices=("factored", "materialised"),
     )
-    regularization: float = setting(0.01, "Weight of the mean squared Frobenius norm of the deltas", minimum=0)
+    regularization: float = setting(
+        0.01, "Weight of the mean squared Frobenius norm of the deltas", minimum=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +123,18 @@ class Offload:
 class Load:
     """How the weights get onto the device."""
 
-    ram_efficient: bool = setting(True, "Stream the weights shard by shard instead of building the model in RAM")
+    ram_efficient: bool = setting(
+        True, "Stream the weights shard by shard instead of building the model in RAM"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """What to train on. Paths are relative to the job file."""
 
-    train: str | None = setting(None, "JSONL, text or Markdown file, folder of them, `datasets` folder, or `memplan-docs`")
+    train: str | None = setting(
+        None, "JSONL, text or Markdown file, folder of them, `datasets` folder, or `memplan-docs`"
+    )
     eval: str | None = setting(None, "As `train`, for evaluation")
     text: str = setting("text", "Column of a JSONL or `datasets` source that holds the text")
 
@@ -126,11 +146,17 @@ class Train:
     max_steps: int = setting(100, "Optimizer steps", minimum=1)
     learning_rate: float = setting(1e-4, "Peak learning rate", minimum=0, exclusive=True)
     warmup_steps: int = setting(0, "Steps of linear warm-up", minimum=0)
-    schedule: str = setting("constant", "Learning rate after the warm-up", choices=("constant", "linear", "cosine"))
+    schedule: str = setting(
+        "constant", "Learning rate after the warm-up", choices=("constant", "linear", "cosine")
+    )
     weight_decay: float = setting(0.0, "Decoupled weight decay", minimum=0)
-    max_grad_norm: float | None = setting(None, "Clip the gradient norm to this; null: no clipping", minimum=0, exclusive=True)
+    max_grad_norm: float | None = setting(
+        None, "Clip the gradient norm to this; null: no clipping", minimum=0, exclusive=True
+    )
     save_every: int = setting(50, "Steps between checkpoints", minimum=1)
-    output_dir: str = setting("runs/memplan", "Folder for the record, metrics, checkpoints and the final weights")
+    output_dir: str = setting(
+        "runs/memplan", "Folder for the record, metrics, checkpoints and the final weights"
+    )
     seed: int = setting(0, "Seed of initialisation, data order and dropout", minimum=0)
 
 
@@ -139,22 +165,34 @@ class AllocatorSettings:
     """PyTorch's CUDA caching allocator, as set through its environment variable."""
 
     expandable_segments: bool = setting(True, "Grow segments in place instead of allocating new ones")
-    max_split_size_mb: int | None = setting(None, "Blocks above this are never split (at least 20)", minimum=20)
-    garbage_collection_threshold: float | None = setting(None, "Free old cached blocks above this fraction", minimum=0)
-    roundup_power2_divisions: int | None = setting(None, "Round requests up to a power of two over this", minimum=1)
+    max_split_size_mb: int | None = setting(
+        None, "Blocks above this are never split (at least 20)", minimum=20
+    )
+    garbage_collection_threshold: float | None = setting(
+        None, "Free old cached blocks above this fraction", minimum=0, exclusive=True, below=1
+    )
+    roundup_power2_divisions: int | None = setting(
+        None, "Round requests up to a power of two over this", minimum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One training job: the question that memplan answers."""
 
-    model: str = setting(dataclasses.MISSING, "Hub id, local folder, config.json, or a name from `memplan models`")
+    model: str = setting(
+        dataclasses.MISSING, "Hub id, local folder, config.json, or a name from `memplan models`"
+    )
     weights: str = setting(
-        "pretrained", "`random` initialises on the device: real memory, no download", choices=("pretrained", "random")
+        "pretrained",
+        "`random` initialises on the device: real memory, no download",
+        choices=("pretrained", "random"),
     )
     method: str = setting("lora", "What is trained", choices=("full", "lora", "qlora", "npt"))
     dtype: str = setting("bfloat16", "dtype of the base weights in memory", choices=tuple(DTYPE_BYTES))
-    autocast: str | None = setting(None, "dtype that autocast computes in; null: none", choices=(None, "bfloat16", "float16"))
+    autocast: str | None = setting(
+        None, "dtype that autocast computes in; null: none", choices=(None, "bfloat16", "float16")
+    )
     micro_batch_size: int = setting(1, "Sequences per device in one forward pass", minimum=1)
     gradient_accumulation_steps: int = setting(1, "Forward and backward passes per optimizer step", minimum=1)
     max_seq_len: int = setting(2048, "Longest sequence after truncation, in tokens", minimum=1)
@@ -163,14 +201,18 @@ class Job:
         "none", "Recompute blocks in backward (gradient checkpointing)", choices=("none", "selective", "full")
     )
     activation_offload: bool = setting(False, "Keep checkpointed block inputs in host memory")
-    attention: str = setting("sdpa", "Attention implementation", choices=("eager", "sdpa", "flash_attention_2"))
+    attention: str = setting(
+        "sdpa", "Attention implementation", choices=("eager", "sdpa", "flash_attention_2")
+    )
     loss: str = setting(
         "full",
         "`full` holds all logits; `chunked` computes head and loss in chunks; `fused` is Liger's kernel",
         choices=("full", "chunked", "fused"),
     )
     optimizer: str = setting("adamw", "Optimizer", choices=OPTIMIZERS)
-    optimizer_kernel: str = setting("fused", "Implementation of the step", choices=("foreach", "fused", "loop"))
+    optimizer_kernel: str = setting(
+        "fused", "Implementation of the step", choices=("foreach", "fused", "loop")
+    )
     lora: Lora = setting(Lora, "Adapters, for `method: lora` and `qlora`")
     npt: Npt = setting(Npt, "NPT layers, for `method: npt`")
     quantization: Quantization = setting(Quantization, "4-bit base, for `method: qlora`")
@@ -181,19 +223,23 @@ class Job:
     train: Train = setting(Train, "The run")
     loop: str = setting(
         "memplan",
-        "Whose training loop runs: `memplan` frees the logits before backward, `hf_trainer` is transformers' Trainer, "
-        "`script` holds the model's output through backward",
+        "Whose training loop runs: `memplan` frees the logits before backward, `hf_trainer` is transformers' "
+        "Trainer, `script` holds the model's output through backward",
         choices=("memplan", "hf_trainer", "script"),
     )
     gpu: str | None = setting(None, "Capacity asked about: `24GB`, `24GiB`, a GPU's name, `live`, or null")
     allocator: AllocatorSettings = setting(AllocatorSettings, "The CUDA caching allocator")
-    margin: str | None = setting(None, "Extra room to keep: `5%` or `1GiB`; null: the engine's own error band")
+    margin: str | None = setting(
+        None, "Extra room to keep: `5%` or `1GiB`; null: the engine's own error band"
+    )
 
     @property
     def world_size(self) -> int:
         """Number of GPUs of the whole job."""
         parallel = self.parallel
-        return parallel.dp_shard * parallel.dp_replicate * parallel.tp * parallel.pp * parallel.cp * parallel.ep
+        return (
+            parallel.dp_shard * parallel.dp_replicate * parallel.tp * parallel.pp * parallel.cp * parallel.ep
+        )
 
     @property
     def global_batch_size(self) -> int:
