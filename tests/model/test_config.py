@@ -44,7 +44,7 @@ QWEN3 = of_type("qwen3", "Qwen3ForCausalLM", num_key_value_heads=2)
 
 
 def test_absent_key_value_heads_depend_on_the_class() -> None:
-    """Without `num_key_value_heads`, Llama has one per head and Mistral has 8, as their config classes say."""
+    """Without `num_key_value_heads`, Llama has one per head and Mistral has 8: defaults of the class."""
     assert 4 == read().num_key_value_heads
     assert 8 == read(MISTRAL, num_attention_heads=16).num_key_value_heads
     assert 16 == read(MISTRAL, num_attention_heads=16, num_key_value_heads=None).num_key_value_heads
@@ -59,7 +59,7 @@ def test_head_dim() -> None:
 
 
 def test_biases() -> None:
-    """Qwen2 always has biases on q, k, v alone; Llama's keys set q, k, v, o and the MLP; Mistral has no such keys."""
+    """Qwen2 has biases on q, k, v alone; Llama's keys set q, k, v, o and the MLP; Mistral has none."""
     qwen2 = read(QWEN2)
     assert (True, False, False) == (qwen2.attention_bias, qwen2.attention_output_bias, qwen2.mlp_bias)
     llama = read(attention_bias=True, mlp_bias=True)

@@ -122,7 +122,7 @@ class TestAgainstTransformers:
         assert expected == [(buffer.name, buffer.shape, buffer.dtype) for buffer in actual]
 
     def test_linear_modules(self, config: dict[str, Any]) -> None:
-        """Every Linear and Conv1D in the order of `named_modules()`, with its stored weight's shape and bias."""
+        """Every Linear and Conv1D in the order of `named_modules()`, with its weight's shape and its bias."""
         expected = [
             (name, tuple(module.weight.shape), module.bias is not None, type(module).__name__ == "Conv1D")
             for name, module in on_meta(config).named_modules()

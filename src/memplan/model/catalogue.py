@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,8 @@ def find_model(reference: str) -> CatalogueEntry | None:
     """
     wanted = reference.lower()
     if "/" not in wanted:
-        path = _FOLDER / f"{wanted}.json"
-        if path.is_file():
-            return _read(path)
+        with suppress(OSError):
+            return _read(_FOLDER / f"{wanted}.json")
     for path in _most_alike_first(wanted):
         # A scan of the text is ten times faster than parsing.
         if json.dumps(wanted) in path.read_text(encoding="utf-8").lower():

@@ -1,0 +1,126 @@
+"""The catalogue's facts are whole, agree with published counts, and are found quickly by name or hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import memplan.model.catalogue as catalogue
+from memplan.model import CatalogueEntry, architecture_from_config, list_models, num_parameters
+from memplan.model.catalogue import find_model, nearest_models
+
+ENTRIES = list_models()
+SUPPORTED = [entry for entry in ENTRIES if entry.supported]
+
+
+def by_name(entry: CatalogueEntry) -> str:
+    return entry.name
+
+
+@pytest.mark.parametrize(
+    "entry", [entry for entry in SUPPORTED if entry.published_parameters is not None], ids=by_name
+)
+def test_published_counts(entry: CatalogueEntry) -> None:
+    """The shapes of an entry add up to the number of parameters published for the model."""
+    architecture = architecture_from_config(entry.config, name=entry.name, source=entry.source)
+
+    assert entry.published_parameters == num_parameters(architecture)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("qwen2.5-7b-instruct", 7_615_616_512),
+        ("mistral-7b-v0.1", 7_241_732_096),
+        ("gpt2", 124_439_808),
+        ("qwen3-8b", 8_190_735_360),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("deepseek-r1-distill-qwen-1.5b", 1_777_088_000),
+    ],
+)
+def test_counts_that_everyone_knows(name: str, count: int) -> None:
+    """Counts written here by hand, so that a wrong fact cannot agree with itself."""
+    entry = find_model(name)
+
+    assert entry is not None
+    assert count == entry.num_parameters
+
+
+def test_most_counts_are_published() -> None:
+    """Nine in ten supported entries are held to a published count."""
+    published = [entry for entry in SUPPORTED if entry.published_parameters is not None]
+
+    assert len(published) >= 0.9 * len(SUPPORTED)
+    assert len(SUPPORTED) >= 40
+
+
+@pytest.mark.parametrize("path", sorted(catalogue._FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_files_are_whole(path: Path) -> None:
+    """Every file is named as its entry, in lower case, and states a source and at least one hub id."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+
+    assert path.stem == data["name"] == data["name"].lower()
+    assert data["hub_ids"]
+    assert all(hub_id.count("/") == 1 for hub_id in data["hub_ids"])
+    assert data["source"]
+    assert data["config"]["architectures"]
+    assert data["config"]["model_type"]
+
+
+def test_hub_ids_are_unique() -> None:
+    """No hub id, and no name, leads to two entries."""
+    spellings = [spelling.lower() for entry in ENTRIES for spelling in (entry.name, *entry.hub_ids)]
+
+    assert len(spellings) == len(set(spellings))
+
+
+def test_every_spelling_is_found() -> None:
+    """An entry is found by its name and each of its hub ids, in any case."""
+    for entry in ENTRIES:
+        for spelling in (entry.name, entry.name.upper(), *entry.hub_ids, entry.hub_ids[0].upper()):
+            assert entry == find_model(spelling)
+
+
+def test_lookup_reads_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name reads its own file alone; a hub id that contains the name of its entry does too."""
+    reads: list[str] = []
+    read_text = Path.read_text
+
+    def counting(self: Path, *args: str, **kwargs: str) -> str:
+        reads.append(self.name)
+        return read_text(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", counting)
+    find_model("llama-3.1-8b")
+    assert ["llama-3.1-8b.json"] == reads
+    reads.clear()
+    find_model("meta-llama/Llama-3.1-8B-Instruct")
+    assert {"llama-3.1-8b.json"} == set(reads)
+
+
+def test_unknown_names() -> None:
+    """A name that is not there is None, and the nearest spellings are suggested."""
+    assert find_model("llama-9-1b") is None
+    assert find_model("somebody/llama-3.1-8b") is None
+    assert "llama-3.1-8b" in nearest_models("lama-3.1-8b")
+    assert "qwen2.5-7b-instruct" in nearest_models("qwen/qwen2.5-7b-instrct")
+    assert [] == nearest_models("zzzzzzzzzzzz")
+
+
+def test_unsupported_entries_say_so() -> None:
+    """A family without a program is listed as such, with its published count."""
+    gemma = find_model("google/gemma-2-9b-it")
+
+    assert gemma is not None
+    assert (False, 9_241_705_984) == (gemma.supported, gemma.num_parameters)
+
+
+def test_sorted_as_people_count() -> None:
+    """`list_models` puts 7b before 14b."""
+    names = [entry.name for entry in ENTRIES]
+
+    assert names.index("qwen2.5-7b") < names.index("qwen2.5-14b")
+    assert names.index("llama-2-7b") < names.index("llama-3-8b") < names.index("llama-3.1-8b")
