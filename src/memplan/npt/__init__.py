@@ -1,0 +1,52 @@
+"""
+Neuro-Plastic Transformer: blocks whose attention output modulates the first matrix of their MLP, token by
+token.
+
+* `layers.py`      which blocks (no torch; the planner reads it too)
+* `modulator.py`   the trainable tensors A and B, and the weight delta that they make of an attention output
+* `block.py`       the converted block: its three modes, and the order of allocations of local training
+* `loss.py`        the equivalence loss
+* `conversion.py`  a transformers model into one with NPT blocks; modes and metrics of its blocks
+* `checkpoint.py`  the NPT tensors to a file and back
+
+The names below are loaded on first use, so that importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from memplan.npt.layers import layer_indices
+
+if TYPE_CHECKING:
+    from memplan.npt.block import NptBlock
+    from memplan.npt.checkpoint import load_npt, save_npt, saved_npt
+    from memplan.npt.conversion import LocalMetrics, convert, local_loss, npt_blocks, read_metrics, set_mode
+
+__all__ = [
+    "LocalMetrics",
+    "NptBlock",
+    "convert",
+    "layer_indices",
+    "load_npt",
+    "local_loss",
+    "npt_blocks",
+    "read_metrics",
+    "save_npt",
+    "saved_npt",
+    "set_mode",
+]
+
+_MODULES = {
+    "NptBlock": "block",
+    "load_npt": "checkpoint",
+    "save_npt": "checkpoint",
+    "saved_npt": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'conversion')}"), name)
