@@ -1,0 +1,448 @@
+"""
+A shape-only PyTorch: tensors are shapes with reference counts, operations record autograd nodes, backward runs them.
+
+Nothing is computed. A `Storage` writes an allocation when it is made and a free when Python drops its last reference,
+which is when PyTorch's intrusive reference count drops too: a program written like the model's own `forward` has the
+model's lifetimes. The autograd engine follows torch/csrc/autograd/engine.cpp: nodes run in the order of their sequence
+numbers, a node's input gradients live until it has returned, its saved tensors until its outputs have been validated,
+and gradients that meet are added in place when one of them has a single owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from heapq import heappop, heappush
+from math import prod
+from sys import getrefcount
+from typing import Any
+
+ITEMSIZE = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1,
+}  # fmt: skip
+
+Shape = tuple[int, ...]
+Gradients = list["Tensor | None"]
+
+
+class Storage:
+    """One allocation; freed with its last reference."""
+
+    __slots__ = ("events", "id")
+
+    def __init__(self, events: list[int], storage_id: int) -> None:
+        self.id = storage_id
+        self.events = events
+
+    def __del__(self) -> None:
+        self.events.append(-self.id)
+
+
+class Tensor:
+    """
+    A view of a storage.
+
+    `transposed`: two dimensions are swapped against the order in memory. `view`: made from another tensor, which it
+    keeps alive as autograd's views do; a gradient that is one is never added to in place.
+    """
+
+    __slots__ = ("dtype", "needs_grad", "node", "shape", "slot", "storage", "transposed", "view")
+
+    def __init__(self, shape: Shape, dtype: str, storage: Storage | None, transposed: bool = False) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.storage = storage
+        self.transposed = transposed
+        self.view = False
+        self.needs_grad = False
+        self.node: Node | None = None
+        self.slot = 0
+
+
+class Parameter(Tensor):
+    """A leaf. Trainable ones collect their gradient in `grad`; both know the block (`layer`) they belong to."""
+
+    __slots__ = ("grad", "layer", "name")
+
+    def __init__(
+        self, name: str, shape: Shape, dtype: str, storage: Storage, layer: int | None, trainable: bool
+    ) -> None:
+        super().__init__(shape, dtype, storage)
+        self.name = name
+        self.layer = layer
+        self.grad: Tensor | None = None
+        self.needs_grad = trainable
+
+
+class Node:
+    """An operation of the graph. `edges` and `metadata` (shape, dtype) describe its inputs, `saved` what it keeps."""
+
+    __slots__ = ("backward", "category", "edges", "extra", "layer", "metadata", "path", "saved", "sequence")
+
+    edges: list[tuple[Node | Parameter, int] | None]
+    metadata: list[tuple[Shape, str]]
+    saved: Saved | None
+
+
+class Saved:
+    """Tensors that a node saved for its backward."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: list[Tensor | None]) -> None:
+        self.tensors = tensors
+
+    def unpack(self) -> list[Tensor | None]:
+        return self.tensors
+
+
+class StopRecomputation(Exception):
+    """Everything that the checkpointed backward needs has been recomputed."""
+
+
+class CheckpointFrame:
+    """
+    What a checkpointed block saves instead of its activations: a way to run it again.
+
+    As torch.utils.checkpoint with use_reentrant=False: the first saved tensor that backward asks for runs the block
+    again, up to the last tensor it saved; each recomputed tensor lives until the node that saved it has run.
+    """
+
+    __slots__ = ("graph", "num_saved", "recomputed", "rerun")
+
+    def __init__(self, graph: Graph, rerun: Callable[[], Any]) -> None:
+        self.graph = graph
+        self.rerun = rerun
+        self.num_saved = 0
+        self.recomputed: list[Tensor | None] | None = None
+
+    def pack(self, tensors: list[Tensor | None]) -> Saved:
+        slots = []
+        for tensor in tensors:
+            if tensor is None:
+                slots.append(-1)
+            else:
+                slots.append(self.num_saved)
+                self.num_saved += 1
+        return CheckpointSaved(self, slots)
+
+    def collect(self, tensors: list[Tensor | None]) -> Saved:
+        recomputed = self.recomputed
+        assert recomputed is not None
+        for tensor in tensors:
+            if tensor is not None:
+                recomputed.append(tensor)
+                if len(recomputed) == self.num_saved:
+                    raise StopRecomputation
+        return Saved(tensors)
+
+    def recompute(self) -> None:
+        graph = self.graph
+        self.recomputed = []
+        outer = graph.save_hook, graph.grad_enabled, graph.path, graph.category
+        graph.save_hook, graph.grad_enabled, graph.category = self.collect, True, "activations"
+        try:
+            self.rerun()
+        except StopRecomputation:
+            pass
+        finally:
+            graph.save_hook, graph.grad_enabled, graph.path, graph.category = outer
+
+
+class CheckpointSaved(Saved):
+    """Slots of a frame, resolved by recomputation."""
+
+    __slots__ = ("frame", "slots")
+
+    def __init__(self, frame: CheckpointFrame, slots: list[int]) -> None:
+        self.frame = frame
+        self.slots = slots
+
+    def unpack(self) -> list[Tensor | None]:
+        frame = self.frame
+        if frame.recomputed is None:
+            frame.recompute()
+        recomputed = frame.recomputed
+        assert recomputed is not None
+        tensors = []
+        for slot in self.slots:
+            tensors.append(None if slot < 0 else recomputed[slot])
+            if slot >= 0:
+                recomputed[slot] = None
+        return tensors
+
+
+class Graph:
+    """
+    Where operations write: the events so far, what each storage is, and the state of autograd.
+
+    `group` and `layer` name the stretch of events being written (repeat.py folds equal stretches of equal layers).
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        self.device = device
+        self.events: list[int] = []
+        self.sizes: list[int] = [0]
+        self.info: list[tuple[str, str, str, str, Shape]] = [("", "", "", "", ())]
+        self.streams: dict[int, int] = {}
+        self.stretches: list[tuple[int, str, int | None]] = []
+        self.group = ""
+        self.layer: int | None = None
+        self.path = ""
+        self.category = "activations"
+        self.stream = 0
+        self.grad_enabled = True
+        self.autocast: str | None = None
+        self.autocast_cache: dict[int, Tensor] = {}
+        self.save_hook: Callable[[list[Tensor | None]], Saved] = Saved
+        self.sequence = 0
+        self.workspaces: set[str] = set()
+        self.workspace_bytes = 0
+        self.persistent: list[Any] = []
+        self.in_backward = False
+
+    # -- stretches -----------------------------------------------------------------------------------------
+
+    def enter(self, layer: int | None) -> None:
+        """From here on events belong to this block (None: outside the blocks)."""
+        if layer != self.layer:
+            self.layer = layer
+            self.stretches.append((len(self.events), self.group, layer))
+
+    def begin(self, group: str) -> None:
+        """A new group of stretches: part of a phase that visits each block at most once, in order or in reverse."""
+        self.group = group
+        self.layer = None
+        self.stretches.append((len(self.events), group, None))
+
+    # -- allocation ----------------------------------------------------------------------------------------
+
+    def new(
+        self, shape: Shape, dtype: str, name: str, category: str | None = None, transposed: bool = False
+    ) -> Tensor:
+        """A tensor in a new storage."""
+        return Tensor(
+            shape,
+            dtype,
+            self.storage(prod(shape) * ITEMSIZE[dtype], name, dtype, shape, category),
+            transposed,
+        )
+
+    def storage(
+        self, num_bytes: int, name: str, dtype: str = "uint8", shape: Shape = (), category: str | None = None
+    ) -> Storage:
+        """A new storage of so many bytes."""
+        sizes = self.sizes
+        storage_id = len(sizes)
+        sizes.append(num_bytes)
+        self.info.append((category or self.category, self.path, name, dtype, shape))
+        if self.stream:
+            self.streams[storage_id] = self.stream
+        self.events.append(storage_id)
+        return Storage(self.events, storage_id)
+
+    def scratch(self, *num_bytes: int, name: str) -> None:
+        """Memory that an operation takes and gives back inside itself, all of it at the same time."""
+        held = [self.storage(size, name, category="workspace") for size in num_bytes if size]
+        while held:
+            held.pop()
+
+    def recategorize(self, tensor: Tensor, category: str, name: str) -> None:
+        """A gradient that a parameter keeps was an activation's until now: name it for what it becomes."""
+        assert tensor.storage is not None
+        _, path, _, dtype, shape = self.info[tensor.storage.id]
+        self.info[tensor.storage.id] = (category, path, name, dtype, shape)
+
+    # -- autograd ------------------------------------------------------------------------------------------
+
+    def record(
+        self,
+        output: Tensor,
+        inputs: tuple[Tensor | None, ...],
+        saved: list[Tensor | None] | Saved,
+        backward: Callable[..., Gradients],
+        extra: Any = None,
+    ) -> Node:
+        """
+        Make `output` the result of a node; callers check `needs` first.
+
+        Autograd saves inputs before an operation runs and outputs after. Operations that save inputs call
+        `save_hook` themselves before they allocate, since a recomputation ends at the last tensor saved.
+        """
+        node = Node()
+        node.sequence = self.sequence
+        self.sequence += 1
+        edges: list[tuple[Node | Parameter, int] | None] = []
+        metadata = []
+        for tensor in inputs:
+            if tensor is None or not tensor.needs_grad:
+                edges.append(None)
+                metadata.append(((), ""))
+            else:
+                edges.append((tensor.node, tensor.slot) if tensor.node is not None else (tensor, 0))  # type: ignore[arg-type]
+                metadata.append((tensor.shape, tensor.dtype))
+        node.edges = edges
+        node.metadata = metadata
+        node.backward = backward
+        node.extra = extra
+        node.layer = self.layer
+        node.path = self.path
+        node.category = self.category
+        node.saved = saved if isinstance(saved, Saved) else self.save_hook(saved)
+        output.node = node
+        output.needs_grad = True
+        return node
+
+    def save(self, *tensors: Tensor | None) -> Saved:
+        """Save inputs of an operation that is about to run."""
+        return self.save_hook(list(tensors))
+
+    def needs(self, *tensors: Tensor | None) -> bool:
+        """Whether an operation on these tensors is recorded."""
+        if not self.grad_enabled:
+            return False
+        return any(tensor is not None and tensor.needs_grad for tensor in tensors)
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """As torch.no_grad()."""
+        outer, self.grad_enabled = self.grad_enabled, False
+        try:
+            yield
+        finally:
+            self.grad_enabled = outer
+
+    @contextmanager
+    def module(self, name: str) -> Iterator[None]:
+        """Events inside are those of a submodule."""
+        outer = self.path
+        self.path = f"{outer}.{name}" if outer else name
+        yield
+        self.path = outer
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the graph that ends in `loss`, a scalar."""
+        outer_path, outer_category, outer_layer, outer_grad = (
+            self.path,
+            self.category,
+            self.layer,
+            self.grad_enabled,
+        )
+        self.grad_enabled, self.in_backward = False, True
+        root = loss.node
+        assert root is not None
+        dependencies = _count_dependencies(root)
+        self.enter(root.layer)
+        self.category = root.category
+        buffers: dict[Node | Parameter, dict[int, Tensor]] = {
+            root: {0: self.new((), loss.dtype, "grad of loss")}
+        }
+        ready = [(-root.sequence, 0, root)]
+        while ready:
+            node = heappop(ready)[2]
+            self.enter(node.layer)
+            self.path, self.category = node.path, node.category
+            outputs = self._run(node, buffers.pop(node))
+            for position, edge in enumerate(node.edges):
+                output, outputs[position] = outputs[position], None
+                if edge is None:
+                    continue
+                target, slot = edge
+                if output is not None:
+                    if isinstance(target, Parameter):
+                        self._accumulate_parameter(target, output)
+                        output = None
+                        continue
+                    held = buffers.setdefault(target, {})
+                    previous = held.pop(slot, None)
+                    if previous is not None:
+                        output = self._accumulate(previous, output)
+                        previous = None
+                    held[slot] = output
+                    output = None
+                if isinstance(target, Parameter):
+                    continue
+                dependencies[target] -= 1
+                if not dependencies[target]:
+                    heappush(ready, (-target.sequence, 0, target))
+            node.edges = []
+        self.in_backward = False
+        self.path, self.category, self.grad_enabled = outer_path, outer_category, outer_grad
+        self.enter(outer_layer)
+
+    def _run(self, node: Node, gradients: dict[int, Tensor]) -> Gradients:
+        saved = node.saved
+        assert saved is not None
+        tensors = saved.unpack()
+        outputs = node.backward(self, node, gradients, tensors)
+        if type(saved) is not Saved:
+            del tensors
+        for position, output in enumerate(outputs):
+            if output is None or node.edges[position] is None:
+                continue
+            shape, dtype = node.metadata[position]
+            outputs[position] = None
+            if output.shape != shape:
+                output = self.new(shape, output.dtype, "sum of grad")
+            if output.dtype != dtype:
+                output = self.new(shape, dtype, "cast of grad", transposed=output.transposed)
+            outputs[position] = output
+            output = None
+        gradients.clear()
+        node.saved = None
+        return outputs
+
+    def _accumulate(self, previous: Tensor, output: Tensor) -> Tensor:
+        """Two gradients of one tensor: added in place where one has no other owner."""
+        if not previous.view and _held_once(previous):
+            return previous
+        if not output.view and _held_once(output):
+            return output
+        return self.new(previous.shape, previous.dtype, "sum of grads", transposed=previous.transposed)
+
+    def _accumulate_parameter(self, parameter: Parameter, gradient: Tensor) -> None:
+        if parameter.grad is not None:
+            return
+        if not _held_once(gradient):
+            gradient = self.new(gradient.shape, gradient.dtype, "grad")
+        self.recategorize(gradient, "gradients", f"{parameter.name} grad")
+        parameter.grad = gradient
+
+
+def _held_once(tensor: Tensor) -> bool:
+    """Whether a gradient in the engine's hands (a local of the caller's caller, handed down) has no other owner."""
+    tensor_references, storage_references = _SOLE
+    return getrefcount(tensor) <= tensor_references and getrefcount(tensor.storage) <= storage_references
+
+
+def _calibrate() -> tuple[int, int]:
+    """The reference counts that `_held_once` sees for a single owner: they differ between Python versions."""
+
+    def caller(tensor: Tensor) -> tuple[int, int]:
+        def callee(held: Tensor) -> tuple[int, int]:
+            return getrefcount(held), getrefcount(held.storage)
+
+        return callee(tensor)
+
+    local = Tensor((1,), "bool", Storage([], 0))
+    return caller(local)
+
+
+_SOLE = _calibrate()
+
+
+def _count_dependencies(root: Node) -> dict[Node, int]:
+    """How many edges of the graph under `root` lead to each node."""
+    counts: dict[Node, int] = {root: 0}
+    stack = [root]
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is None or isinstance(edge[0], Parameter):
+                continue
+            target = edge[0]
+            if target in counts:
+                counts[target] += 1
+            else:
+                counts[target] = 1
+                stack.append(target)
+    return counts

@@ -1,0 +1,155 @@
+"""The language-model head and its loss: full logits as transformers computes them, and in chunks."""
+
+from __future__ import annotations
+
+from memplan.tape.engine import Gradients, Graph, Node, Tensor
+from memplan.tape.linear import Linear, linear
+from memplan.tape.ops import alias, cast
+
+CHUNK_TOKENS = 1024
+"""Tokens per chunk of our chunked loss."""
+
+
+def cross_entropy(g: Graph, logits: Tensor, labels: Tensor) -> Tensor:
+    """F.cross_entropy over (N, V): log-softmax (saved) and a scalar; backward makes two more tensors of its size."""
+    probabilities = g.new(logits.shape, logits.dtype, "log-probabilities")
+    if g.needs(logits):
+        g.record(probabilities, (logits,), [alias(probabilities)], _log_softmax_backward)
+    loss = g.new((), logits.dtype, "loss")
+    weight = g.new((), logits.dtype, "loss weight")
+    if g.needs(probabilities):
+        g.record(loss, (probabilities,), [probabilities, labels, weight], _nll_backward, logits.shape)
+    return loss
+
+
+def _nll_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
+    return [g.new(node.extra, gradients[0].dtype, "grad of log-probabilities")]
+
+
+def _log_softmax_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
+    return [g.new(gradients[0].shape, node.metadata[0][1], "grad of logits")]
+
+
+def shifted_labels(g: Graph, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """ForCausalLMLoss of transformers: labels padded by one on the right, and the copy without the first column."""
+    batch, length = labels.shape
+    padded = g.new((batch, length + 1), "int64", "padded labels")
+    shifted = g.new((batch, length), "int64", "shifted labels")
+    return padded, alias(shifted, (batch * length,))
+
+
+def full_loss(
+    g: Graph, logits: Tensor, labels: Tensor, *, upcast: bool = True, shift_logits: bool = False
+) -> Tensor:
+    """
+    The loss of (B, S, V) logits. The caller decides how long the logits themselves live.
+
+    `shift_logits`: transformers before 4.49 copied all but the last position instead of shifting the labels.
+    """
+    if upcast:
+        logits = cast(g, logits, "float32")
+    batch, length, vocabulary = logits.shape
+    if shift_logits:
+        labels = g.new((batch * (length - 1),), "int64", "shifted labels")
+        logits = _drop_last_position(g, logits)
+    else:
+        padded, labels = shifted_labels(g, labels)
+    flat = _flatten(g, logits)
+    loss = cross_entropy(g, flat, labels)
+    del flat
+    return loss
+
+
+def _flatten(g: Graph, x: Tensor) -> Tensor:
+    out = alias(x, (x.shape[0] * x.shape[1], x.shape[2]))
+    if g.needs(x):
+        g.record(out, (x,), [], _unflatten, x.shape)
+    return out
+
+
+def _unflatten(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
+    return [alias(gradients[0], node.extra)]
+
+
+def _drop_last_position(g: Graph, logits: Tensor) -> Tensor:
+    batch, length, vocabulary = logits.shape
+    out = g.new((batch, length - 1, vocabulary), logits.dtype, "shifted logits")
+    if g.needs(logits):
+        g.record(out, (logits,), [], _restore_last_position, logits.shape)
+    return out
+
+
+def _restore_last_position(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
+    return [g.new(node.extra, gradients[0].dtype, "grad of all positions")]
+
+
+def chunked_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor) -> Tensor:
+    """
+    memplan's ChunkedLinearCrossEntropy over (B, S, d): logits of CHUNK_TOKENS tokens at a time, their gradient formed
+    in forward; what stays is the gradient of the hidden states, and of the head's weight where that trains.
+    """
+    batch, length, width = hidden.shape
+    padded, labels = shifted_labels(g, labels)
+    num_tokens = batch * length
+    weight = head.weight
+    assert weight is not None
+    needs_hidden, needs_weight = g.needs(hidden), g.needs(weight)
+    saved: list[Tensor | None] = []
+    grad_hidden = g.new((num_tokens, width), hidden.dtype, "grad of hidden states") if needs_hidden else None
+    grad_weight = g.new(weight.shape, "float32", "grad of head") if needs_weight else None
+    loss = g.new((), "float32", "loss")
+    vocabulary = head.out_features
+    for start in range(0, num_tokens, CHUNK_TOKENS):
+        size = min(CHUNK_TOKENS, num_tokens - start)
+        _chunk(g, size, vocabulary, width, hidden.dtype, needs_hidden, needs_weight)
+    saved = [grad_hidden, grad_weight]
+    out = g.new((), "float32", "loss")
+    del loss
+    if needs_hidden or needs_weight:
+        g.record(out, (hidden, weight), saved, _chunked_backward, (hidden.shape, weight.shape))
+    return out
+
+
+def _chunk(
+    g: Graph, size: int, vocabulary: int, width: int, dtype: str, needs_hidden: bool, needs_weight: bool
+) -> None:
+    logits = g.new((size, vocabulary), dtype, "logits of a chunk")
+    if dtype != "float32":
+        logits32 = g.new((size, vocabulary), "float32", "logits of a chunk in float32")
+        del logits
+        if needs_hidden:
+            low = g.new((size, vocabulary), dtype, "grad of logits of a chunk")
+    else:
+        logits32 = logits
+    if needs_hidden:
+        product = g.new((size, width), dtype, "grad of hidden states of a chunk")
+        del product
+        low = None  # noqa: F841
+    if needs_weight and dtype != "float32":
+        inputs = g.new((size, width), "float32", "hidden states of a chunk in float32")
+        del inputs
+    del logits32
+
+
+def _chunked_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
+    """Both stored gradients times the gradient of the loss; the head's is cast to its dtype."""
+    grad_hidden, grad_weight = saved
+    hidden_shape, weight_shape = node.extra
+    out_hidden = None
+    if grad_hidden is not None:
+        out_hidden = alias(g.new(grad_hidden.shape, grad_hidden.dtype, "grad of hidden states"), hidden_shape)
+    out_weight = g.new(weight_shape, "float32", "grad of head") if grad_weight is not None else None
+    return [out_hidden, out_weight]
+
+
+def head_logits(g: Graph, hidden: Tensor, head: Linear) -> Tensor:
+    """(B, S, d) to (B, S, V)."""
+    return linear(g, hidden, head)

@@ -1,0 +1,312 @@
+"""
+The model as the programs run it: parameters in device memory, linear layers with their adapters, blocks.
+
+`build` allocates in the order of loading: the base weights in module order, 4-bit layers packed one by one, then what
+the method adds. Only the blocks asked for are built (repeat.py), each under its own index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from memplan.job.spec import Job
+from memplan.model.architecture import Architecture
+from memplan.tape.engine import Graph, Parameter, Storage, Tensor
+from memplan.tape.linear import Adapter, Linear, packed_sizes
+
+
+@dataclass
+class NptModulator:
+    """Parameters of the weight delta of one converted block: A (d, r) and B (r, f)."""
+
+    a: Parameter
+    b: Parameter
+
+
+@dataclass
+class Block:
+    """One transformer block."""
+
+    layer: int
+    linears: dict[str, Linear]
+    norms: dict[str, Parameter]
+    checkpointed: bool = False
+    npt: NptModulator | None = None
+
+
+@dataclass
+class Model:
+    """Everything that stays in memory between steps, and the parameters that train, in the optimizer's order."""
+
+    architecture: Architecture
+    blocks: list[Block]
+    embedding: Parameter
+    positions: Parameter | None
+    final_norm: dict[str, Parameter]
+    head: Linear
+    buffers: dict[str, Tensor]
+    trainable: list[Parameter] = field(default_factory=list)
+    kept: list[Storage] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer of a block by its path in the block."""
+
+    path: str
+    in_features: int
+    out_features: int
+    bias: bool
+    transposed: bool = False
+
+
+def block_linears(architecture: Architecture) -> list[LinearSpec]:
+    """The linear layers of one block, in module order."""
+    d, f = architecture.hidden_size, architecture.intermediate_size
+    if architecture.family == "gpt2":
+        return [
+            LinearSpec("attn.c_attn", d, 3 * d, True, True),
+            LinearSpec("attn.c_proj", d, d, True, True),
+            LinearSpec("mlp.c_fc", d, f, True, True),
+            LinearSpec("mlp.c_proj", f, d, True, True),
+        ]
+    queries = architecture.num_attention_heads * architecture.head_dim
+    keys = architecture.num_key_value_heads * architecture.head_dim
+    bias, output_bias, mlp_bias = (
+        architecture.attention_bias,
+        architecture.attention_output_bias,
+        architecture.mlp_bias,
+    )
+    return [
+        LinearSpec("self_attn.q_proj", d, queries, bias),
+        LinearSpec("self_attn.k_proj", d, keys, bias),
+        LinearSpec("self_attn.v_proj", d, keys, bias),
+        LinearSpec("self_attn.o_proj", queries, d, output_bias),
+        LinearSpec("mlp.gate_proj", d, f, mlp_bias),
+        LinearSpec("mlp.up_proj", d, f, mlp_bias),
+        LinearSpec("mlp.down_proj", f, d, mlp_bias),
+    ]
+
+
+def block_norms(architecture: Architecture) -> list[tuple[str, int]]:
+    """Norm parameters of one block and their sizes, in module order."""
+    d = architecture.hidden_size
+    if architecture.family == "gpt2":
+        return [("ln_1.weight", d), ("ln_1.bias", d), ("ln_2.weight", d), ("ln_2.bias", d)]
+    norms = [("input_layernorm.weight", d), ("post_attention_layernorm.weight", d)]
+    if architecture.qk_norm:
+        norms = [
+            ("self_attn.q_norm.weight", architecture.head_dim),
+            ("self_attn.k_norm.weight", architecture.head_dim),
+            *norms,
+        ]
+    return norms
+
+
+def targets(job: Job, path: str) -> bool:
+    """Whether a linear layer of a block gets an adapter: by the last part of its path, as peft matches names."""
+    wanted = job.lora.target_modules
+    if job.method not in ("lora", "qlora"):
+        return False
+    if wanted == "all-linear":
+        return True
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+class Builder:
+    """Allocates a model for a job in a graph."""
+
+    def __init__(self, g: Graph, job: Job, architecture: Architecture) -> None:
+        self.g = g
+        self.job = job
+        self.architecture = architecture
+        self.full = job.method == "full"
+        self.quantized = job.method == "qlora"
+        self.gpt2 = architecture.family == "gpt2"
+        self.prefix = "transformer" if self.gpt2 else "model"
+        self.upcast: list[Parameter] = []
+
+    def parameter(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        layer: int | None,
+        *,
+        dtype: str | None = None,
+        trainable: bool | None = None,
+        category: str = "weights",
+    ) -> Parameter:
+        g = self.g
+        dtype = dtype or self.job.dtype
+        tensor = g.new(shape, dtype, name, category)
+        assert tensor.storage is not None
+        parameter = Parameter(
+            name, shape, dtype, tensor.storage, layer, self.full if trainable is None else trainable
+        )
+        if category == "weights":
+            self.upcast.append(parameter)
+        return parameter
+
+    def linear(self, spec: LinearSpec, layer: int | None, prefix: str) -> Linear:
+        job = self.job
+        name = f"{prefix}.{spec.path}" if prefix else spec.path
+        shape = (
+            (spec.in_features, spec.out_features)
+            if spec.transposed
+            else (spec.out_features, spec.in_features)
+        )
+        skipped = any(spec.path == skip or spec.path.endswith(f".{skip}") for skip in job.quantization.skip)
+        quantized = self.quantized and not skipped and not spec.transposed
+        linear = Linear(
+            name=spec.path,
+            in_features=spec.in_features,
+            out_features=spec.out_features,
+            weight=None,
+            dtype=job.dtype,
+            quantized=quantized,
+            double_quant=job.quantization.double_quant,
+        )
+        if quantized:
+            linear.held = self.pack(name, spec)
+        else:
+            linear.weight = self.parameter(f"{name}.weight", shape, layer)
+        if spec.bias:
+            linear.bias = self.parameter(f"{name}.bias", (spec.out_features,), layer)
+        return linear
+
+    def pack(self, name: str, spec: LinearSpec) -> list[Tensor]:
+        """Quantise on the device: the 16-bit weight is there until its packed form is."""
+        g = self.g
+        weight = g.new(
+            (spec.out_features, spec.in_features),
+            self.job.dtype,
+            f"{name}.weight before packing",
+            "workspace",
+        )
+        held = []
+        for part, num_bytes in packed_sizes(
+            spec.in_features * spec.out_features, self.job.quantization.double_quant
+        ).items():
+            category = "weights" if part == "packed weight" else "quant_state"
+            held.append(g.new((num_bytes,), "uint8", f"{name} {part}", category))
+        del weight
+        return held
+
+    def build(self, layers: list[int], npt_layers: frozenset[int], checkpointed: frozenset[int]) -> Model:
+        g, architecture, job = self.g, self.architecture, self.job
+        d = architecture.hidden_size
+        g.begin("load")
+        embedding_name = "wte" if self.gpt2 else "embed_tokens"
+        embedding = self.parameter(
+            f"{self.prefix}.{embedding_name}.weight", (architecture.vocab_size, d), None
+        )
+        positions = None
+        if self.gpt2:
+            positions = self.parameter(
+                "transformer.wpe.weight", (architecture.max_position_embeddings, d), None
+            )
+        blocks = []
+        for layer in layers:
+            g.enter(layer)
+            prefix = f"{self.prefix}.{'h' if self.gpt2 else 'layers'}.{{layer}}"
+            linears = {spec.path: self.linear(spec, layer, prefix) for spec in block_linears(architecture)}
+            norms = {
+                name: self.parameter(f"{prefix}.{name}", (size,), layer)
+                for name, size in block_norms(architecture)
+            }
+            blocks.append(Block(layer, linears, norms, layer in checkpointed))
+        g.begin("load_rest")
+        norm_name = "transformer.ln_f" if self.gpt2 else "model.norm"
+        final_norm = {"weight": self.parameter(f"{norm_name}.weight", (d,), None)}
+        if self.gpt2:
+            final_norm["bias"] = self.parameter(f"{norm_name}.bias", (d,), None)
+        buffers = {}
+        if not self.gpt2:
+            for name in ("inv_freq", "original_inv_freq"):
+                buffers[name] = g.new(
+                    (architecture.head_dim // 2,), "float32", f"model.rotary_emb.{name}", "weights"
+                )
+        head = Linear("lm_head", d, architecture.vocab_size, embedding, dtype=job.dtype)
+        if not architecture.tie_word_embeddings:
+            head = self.linear(LinearSpec("lm_head", d, architecture.vocab_size, False), None, "")
+        model = Model(architecture, blocks, embedding, positions, final_norm, head, buffers)
+        self.prepare_kbit(model)
+        self.attach_adapters(model)
+        self.attach_npt(model, npt_layers)
+        if self.full:
+            model.trainable = _in_module_order(model)
+        return model
+
+    def prepare_kbit(self, model: Model) -> None:
+        """peft's prepare_model_for_kbit_training: every parameter that is not packed becomes float32, one by one."""
+        if not (self.quantized and self.job.quantization.kbit_preparation):
+            return
+        g = self.g
+        g.begin("kbit")
+        for parameter in self.upcast:
+            if parameter.dtype != "float32":
+                g.enter(parameter.layer)
+                parameter.storage = g.new(parameter.shape, "float32", parameter.name, "weights").storage
+                parameter.dtype = "float32"
+
+    def attach_adapters(self, model: Model) -> None:
+        job, g = self.job, self.g
+        if job.method not in ("lora", "qlora"):
+            return
+        g.begin("load_adapters")
+        prefix = f"{self.prefix}.{'h' if self.gpt2 else 'layers'}"
+        for block in model.blocks:
+            g.enter(block.layer)
+            for path, linear in block.linears.items():
+                if targets(job, path):
+                    self.adapt(linear, f"{prefix}.{{layer}}.{path}", block.layer, model)
+        g.enter(None)
+        if job.lora.target_modules != "all-linear" and targets(job, "lm_head"):
+            self.adapt(model.head, "lm_head", None, model)
+
+    def adapt(self, linear: Linear, name: str, layer: int | None, model: Model) -> None:
+        rank, dtype = self.job.lora.rank, self.job.lora.dtype
+        pair = []
+        for part, shape in (("lora_A", (rank, linear.in_features)), ("lora_B", (linear.out_features, rank))):
+            full_name = f"{name}.{part}.default.weight"
+            pair.append(
+                self.parameter(full_name, shape, layer, dtype=dtype, trainable=True, category="adapters")
+            )
+        linear.adapter = Adapter(*pair, dropout=self.job.lora.dropout)
+        model.trainable += pair
+
+    def attach_npt(self, model: Model, npt_layers: frozenset[int]) -> None:
+        """Modulators are float32 whatever the base is: they are what trains."""
+        if self.job.method != "npt":
+            return
+        g, rank = self.g, self.job.npt.rank
+        g.begin("load_adapters")
+        for block in model.blocks:
+            if block.layer in npt_layers:
+                g.enter(block.layer)
+                name = f"{self.prefix}.{'h' if self.gpt2 else 'layers'}.{{layer}}.np"
+                d, f = self.architecture.hidden_size, self.architecture.intermediate_size
+                a = self.parameter(
+                    f"{name}.A", (d, rank), block.layer, dtype="float32", trainable=True, category="adapters"
+                )
+                b = self.parameter(
+                    f"{name}.B", (rank, f), block.layer, dtype="float32", trainable=True, category="adapters"
+                )
+                block.npt = NptModulator(a, b)
+                model.trainable += [a, b]
+        g.enter(None)
+
+
+def _in_module_order(model: Model) -> list[Parameter]:
+    parameters = [model.embedding]
+    if model.positions is not None:
+        parameters.append(model.positions)
+    for block in model.blocks:
+        for linear in block.linears.values():
+            parameters += [tensor for tensor in (linear.weight, linear.bias) if tensor is not None]
+        parameters += block.norms.values()
+    parameters += model.final_norm.values()
+    if model.head.weight is not model.embedding and model.head.weight is not None:
+        parameters.append(model.head.weight)
+    return parameters

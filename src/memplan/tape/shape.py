@@ -1,0 +1,211 @@
+"""
+The shape writer: a job and an architecture in, the tape of loading and of training steps out, without torch.
+
+The programs run over a few blocks per kind of block; repeat.py writes the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from memplan.errors import UnknownModel
+from memplan.job.spec import Job
+from memplan.model.architecture import Architecture
+from memplan.tape.engine import Graph, Tensor
+from memplan.tape.linear import linear
+from memplan.tape.loss import chunked_loss, full_loss
+from memplan.tape.model import Builder, Model
+from memplan.tape.optimizer import OptimizerProgram
+from memplan.tape.programs import Settings, decoder
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+CUBLAS_WORKSPACE_BYTES = 8_519_680
+"""Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """
+    What the software that runs the job does, where versions and loops differ. Sources beside each field.
+
+    `for_job` gives that of the versions memplan plans for; a comparison with an older run sets its own.
+    """
+
+    hold_logits: bool = False
+    """The model's output lives through backward, until the next step's replaces it: a script that keeps `out`."""
+    hold_hidden: bool = False
+    """The last hidden states live until the loss is there: locals of transformers' `forward`."""
+    shift_logits: bool = False
+    """transformers before 4.49 copied the float32 logits without the last position (loss_utils.py)."""
+    upcast_logits: bool = True
+    """float32 copy of the logits before the loss (transformers: always; a loss kernel of its own may not)."""
+    use_cache: bool = False
+    """A DynamicCache is filled during training: `use_cache` left at its default and no checkpointing."""
+    input_gradients: bool = False
+    """enable_input_require_grads, which peft's and TRL's recipes call for checkpointing."""
+    cublas_workspace_bytes: int = CUBLAS_WORKSPACE_BYTES
+
+    @staticmethod
+    def for_job(job: Job) -> Behaviour:
+        """The loop that the job names, in the versions at hand."""
+        if job.loop == "script":
+            return Behaviour(
+                hold_logits=True,
+                hold_hidden=True,
+                use_cache=job.activation_checkpointing == "none",
+            )
+        if job.loop == "hf_trainer":
+            return Behaviour(hold_hidden=True)
+        return Behaviour()
+
+
+@dataclass
+class Recording:
+    """What the programs wrote: the graph's raw events, and where phases begin in them."""
+
+    graph: Graph
+    events: list[int] = field(default_factory=list)
+    marks: list[tuple[int, str, int]] = field(default_factory=list)
+    layers: tuple[int, ...] = ()
+    num_trainable: int = 0
+
+    def mark(self, phase: str, step: int) -> None:
+        self.marks.append((len(self.graph.events), phase, step))
+
+
+def record(
+    job: Job,
+    architecture: Architecture,
+    layers: list[int],
+    *,
+    num_steps: int,
+    device: str = "cuda",
+    behaviour: Behaviour | None = None,
+) -> Recording:
+    """Run the job's program over these blocks of the model."""
+    if architecture.family not in FAMILIES:
+        raise UnknownModel(
+            f"the shape writer has no program for `{architecture.family}` models (`{architecture.name}`)",
+            hint=f"families with a program: {', '.join(FAMILIES)}",
+        )
+    behaviour = behaviour or Behaviour.for_job(job)
+    g = Graph(device)
+    if device == "cuda":
+        g.workspace_bytes = behaviour.cublas_workspace_bytes
+    g.autocast = job.autocast
+    recording = Recording(g, layers=tuple(layers))
+    recording.mark("load", 0)
+    model = Builder(g, job, architecture).build(
+        layers, npt_layers(job, architecture), checkpointed_layers(job, architecture)
+    )
+    recording.num_trainable = len(model.trainable)
+    optimizer = OptimizerProgram(g, job, model.trainable, _num_trainable(model, architecture, layers))
+    loop = Loop(g, job, model, behaviour, recording)
+    for step in range(1, num_steps + 1):
+        loop.step(step, optimizer)
+    recording.mark("end", num_steps)
+    recording.events = g.events[:]  # what is freed from here on, when the model goes, is not part of the tape
+    return recording
+
+
+def _num_trainable(model: Model, architecture: Architecture, layers: list[int]) -> int:
+    """Number of trainable tensors of the whole model, from that of the blocks at hand."""
+    inside = sum(parameter.layer is not None for parameter in model.trainable)
+    outside = len(model.trainable) - inside
+    return outside + inside * architecture.num_hidden_layers // max(1, len(layers))
+
+
+def npt_layers(job: Job, architecture: Architecture) -> frozenset[int]:
+    """Blocks that the job converts to NPT."""
+    if job.method != "npt":
+        return frozenset()
+    from memplan.npt.layers import layer_indices
+
+    return frozenset(layer_indices(job.npt.layers, architecture.num_hidden_layers))
+
+
+def checkpointed_layers(job: Job, architecture: Architecture) -> frozenset[int]:
+    """Blocks that are recomputed in backward: all, every second one, or none."""
+    every = {"none": None, "selective": 2, "full": 1}[job.activation_checkpointing]
+    if every is None:
+        return frozenset()
+    return frozenset(range(every - 1, architecture.num_hidden_layers, every))
+
+
+class Loop:
+    """The training loop: what it holds, and until when."""
+
+    def __init__(self, g: Graph, job: Job, model: Model, behaviour: Behaviour, recording: Recording) -> None:
+        self.g = g
+        self.job = job
+        self.model = model
+        self.behaviour = behaviour
+        self.recording = recording
+        self.settings = Settings(job.attention, behaviour.use_cache, behaviour.input_gradients)
+        self.batch: tuple[Tensor, Tensor] | None = None
+        self.output: Tensor | None = None
+        self.held_cache: list[tuple[int, Tensor]] = []
+
+    def step(self, number: int, optimizer: OptimizerProgram) -> None:
+        """One optimizer step; from the third micro batch on nothing changes, so no more are written."""
+        recording = self.recording
+        for micro in range(1, min(self.job.gradient_accumulation_steps, 3) + 1):
+            recording.mark("forward", number)
+            loss = self.forward(f"{number}.{micro}")
+            if loss is not None:
+                recording.mark("backward", number)
+                self.g.begin(f"backward {number}.{micro}")
+                self.g.backward(loss)
+                self.g.autocast_cache.clear()
+                del loss
+        recording.mark("optimizer_step", number)
+        optimizer.step(number)
+        optimizer.zero_grad(number)
+
+    def forward(self, label: str) -> Tensor | None:
+        g, job = self.g, self.job
+        g.begin(f"forward {label}")
+        shape = (job.micro_batch_size, job.max_seq_len)
+        ids = g.new(shape, "int64", "input ids", "inputs")
+        labels = g.new(shape, "int64", "labels", "inputs")
+        self.batch = (ids, labels)
+        self.settings.cache = []
+        if job.method == "npt":
+            from memplan.tape.npt import local_step
+
+            local_step(g, self.model, ids, job, self.settings)
+            return None
+        hidden = [decoder(g, self.model, ids, self.settings)]
+        g.category = "logits_loss"
+        with g.module("loss"):
+            loss = self.loss(hidden, labels)
+        g.category = "activations"
+        return loss
+
+    def loss(self, held: list[Tensor], labels: Tensor) -> Tensor:
+        """`held` is the only reference to the hidden states, so that they can go as early as the loop lets them."""
+        g, behaviour, head = self.g, self.behaviour, self.model.head
+        if self.job.loss in ("chunked", "fused"):
+            return chunked_loss(g, held.pop(), head, labels)
+        logits = linear(g, held[0], head)
+        if not behaviour.hold_hidden:
+            held.pop()
+        loss = full_loss(
+            g, logits, labels, upcast=behaviour.upcast_logits, shift_logits=behaviour.shift_logits
+        )
+        if behaviour.hold_logits:
+            self.replace_output(logits)
+        return loss
+
+    def replace_output(self, logits: Tensor) -> None:
+        """The model's new output takes the place of the one held since the last step: its logits, its cache."""
+        g = self.g
+        self.output = logits
+        held, self.held_cache = self.held_cache, self.settings.cache
+        held.reverse()
+        g.begin(f"cache freed {len(g.stretches)}")
+        while held:
+            g.enter(held[-1][0])
+            held.pop()
+        g.enter(None)
