@@ -67,7 +67,7 @@ def test_expandable_segments_are_left_out_where_they_do_not_exist(platform, syst
 
 @pytest.mark.parametrize("torch_version", ["2.9.1", "2.13.0", None])
 def test_what_the_user_has_set_is_kept(torch_version):
-    """A value in force is never replaced; one that differs is reported together with what the job asks for."""
+    """A value in force is never replaced; one that differs is reported with what the job asks for."""
     variables, notes = allocator_environment(
         JOB, torch_version, "linux", {CUDA: "roundup_power2_divisions:16"}
     )

@@ -123,7 +123,7 @@ def test_every_rule_is_exercised():
 
 @pytest.mark.parametrize(("code", "subject"), CASES)
 def test_findings_read_as_sentences_without_an_architecture(code, subject):
-    """Each is a sentence and a remedy without full stops; sizes are left out where the model is not known."""
+    """Each is a sentence and a remedy without full stops; sizes are left out for an unknown model."""
     findings = lint(Subject(**{"job": job(), **subject, "architecture": None}))
 
     assert (code != "beyond-positions") == (code in [finding.code for finding in findings])

@@ -1,0 +1,38 @@
+"""`Report`: what a command has to say, before it is put into one of the formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from memplan.budget.result import Change, Result
+
+if TYPE_CHECKING:
+    from memplan.fit import Frontier
+    from memplan.preflight import Preflight
+
+
+@dataclass(frozen=True)
+class Report:
+    """One result and what belongs to it; renderers read it and decide nothing."""
+
+    result: Result
+    command: str
+    """`estimate`, `fit` or `preflight`"""
+    job_words: str = ""
+    """The job as typed, with its changes, to go behind `memplan train`."""
+    job_path: str | None = None
+    """The job file, for annotations."""
+    preflight: Preflight | None = None
+    frontier: Frontier | None = None
+    allow_capacity: bool = False
+    truncations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """{max_seq_len: (samples cut, samples in all)}, as far as the data is at hand."""
+
+    def truncation(self, change: Change) -> tuple[int, int] | None:
+        """
+        (samples cut, samples in all) of a change that shortens the sequences; None without one, or without
+        data.
+        """
+        return self.truncations.get(change.set.get("max_seq_len", 0))
