@@ -17,6 +17,12 @@ ON = "expandable_segments:True"
 JOB = Job(model="gpt2")
 
 
+def found(*question):
+    """Variables and notes."""
+    environment = allocator_environment(*question)
+    return environment.variables, environment.notes
+
+
 @pytest.mark.parametrize(
     ("torch_version", "names"),
     [
@@ -59,7 +65,7 @@ def test_the_value_comes_from_the_job(settings, value):
 @pytest.mark.parametrize(("platform", "system"), [("win32", "Windows"), ("wsl", "WSL")])
 def test_expandable_segments_are_left_out_where_they_do_not_exist(platform, system):
     """Windows and WSL warn and ignore them, so they are not set, and the difference to the plan is said."""
-    variables, notes = allocator_environment(JOB, "2.13.0", platform)
+    variables, notes = found(JOB, "2.13.0", platform)
 
     assert {} == variables
     assert any(system in note for note in notes)
@@ -68,9 +74,7 @@ def test_expandable_segments_are_left_out_where_they_do_not_exist(platform, syst
 @pytest.mark.parametrize("torch_version", ["2.9.1", "2.13.0", None])
 def test_what_the_user_has_set_is_kept(torch_version):
     """A value in force is never replaced; one that differs is reported with what the job asks for."""
-    variables, notes = allocator_environment(
-        JOB, torch_version, "linux", {CUDA: "roundup_power2_divisions:16"}
-    )
+    variables, notes = found(JOB, torch_version, "linux", {CUDA: "roundup_power2_divisions:16"})
 
     assert {} == variables
     assert any("kept" in note and ON in note for note in notes)
@@ -81,12 +85,12 @@ def test_what_the_user_has_set_to_the_same_needs_no_word():
     job = JOB.replace(**{"allocator.roundup_power2_divisions": 16})
     environ = {SHARED: f"roundup_power2_divisions:16, {ON}"}
 
-    assert ({}, ()) == allocator_environment(job, "2.13.0", "linux", environ)
+    assert ({}, ()) == found(job, "2.13.0", "linux", environ)
 
 
 def test_torch_2_9_ignores_the_new_name():
     """On 2.9 the new name is silently ignored for CUDA, so the job's value goes into the one that is read."""
-    variables, notes = allocator_environment(JOB, "2.9.1", "linux", {SHARED: ON})
+    variables, notes = found(JOB, "2.9.1", "linux", {SHARED: ON})
 
     assert {CUDA: ON} == variables
     assert any(SHARED in note and "ignores" in note for note in notes)
@@ -102,7 +106,7 @@ def test_torch_2_9_ignores_the_new_name():
 )
 def test_the_older_name_wins(environ, winner):
     """torch 2.10 and above read the CUDA name first, then HIP, then the shared one."""
-    _, notes = allocator_environment(JOB, "2.13.0", "linux", environ)
+    _, notes = found(JOB, "2.13.0", "linux", environ)
 
     assert winner == variable_in_force(environ, "2.13.0")
     assert (len(environ) > 1) == any(f"`{winner}` wins" in note for note in notes)

@@ -16,7 +16,6 @@ from memplan.budget.result import (
     PhaseLine,
     Result,
     TensorLine,
-    Verdict,
 )
 from memplan.job.spec import Job
 from memplan.units import GiB, MiB
@@ -92,12 +91,6 @@ def make_capacity(usable_gib: float = 24, *, others_gib: float = 0, gpu: str = "
     """A card of which `usable_gib` are usable."""
     usable, others = int(usable_gib * GiB), int(others_gib * GiB)
     return Capacity(gpu, usable + others + 256 * MiB, usable, others, "made by hand")
-
-
-def make_verdict(state: str, headroom_gib: float | None = 1) -> Verdict:
-    """A verdict with a plain reason."""
-    headroom = None if headroom_gib is None else int(headroom_gib * GiB)
-    return Verdict(state, headroom, "needs 23.00 GiB of the 24.00 GiB usable on 24GB, 1.00 GiB to spare")
 
 
 def make_change(**changes: Any) -> Change:

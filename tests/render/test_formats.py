@@ -8,7 +8,7 @@ from handmade import make_capacity, make_change, make_result
 
 from memplan.fit.frontier import Frontier
 from memplan.preflight.verdict import judge
-from memplan.render.github import annotation, annotations, outputs, write_files
+from memplan.render.github import annotation, annotation_lines, outputs, write_files
 from memplan.render.json import dump, report_object
 from memplan.render.markdown import report_markdown, table
 from memplan.render.report import Report
@@ -75,7 +75,7 @@ def test_annotation_properties_are_escaped_further():
 )
 def test_the_level_follows_the_verdict(usable_gib, level):
     """Only what does not fit is an error."""
-    assert annotations(make_report(usable_gib)).startswith(
+    assert annotation_lines(make_report(usable_gib)).startswith(
         f"::{level} file=job.yaml,title=memplan estimate::"
     )
 
@@ -83,7 +83,7 @@ def test_the_level_follows_the_verdict(usable_gib, level):
 def test_annotations_carry_change_and_warnings_one_per_line():
     """The smallest change is in the first annotation, each warning is one of its own."""
     report = make_report(20, result={"changes": (make_change(),), "warnings": ("first\nsecond", "third")})
-    lines = annotations(report).splitlines()
+    lines = annotation_lines(report).splitlines()
 
     assert ["::error", "::warning", "::warning"] == [line.split(" ")[0] for line in lines]
     assert "%0Asmallest change: recompute every block in backward" in lines[0]
@@ -92,7 +92,7 @@ def test_annotations_carry_change_and_warnings_one_per_line():
 
 def test_a_job_without_a_file_has_no_file_property():
     """A job by name or by flags points nowhere."""
-    assert annotations(make_report(24, job_path=None)).startswith("::notice title=")
+    assert annotation_lines(make_report(24, job_path=None)).startswith("::notice title=")
 
 
 def test_summary_and_outputs_go_to_the_files_that_the_runner_names(tmp_path):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from handmade import make_capacity, make_change, make_result, make_verdict, phase
+from handmade import make_capacity, make_change, make_result, phase
 
 from memplan.fit.frontier import Frontier
 from memplan.preflight.verdict import judge
@@ -194,11 +194,3 @@ def test_flags_survive_the_shell():
         "--set", "lora.target_modules=[q_proj, v_proj]", "--set", "autocast=null", "--set", "packing=true",
         "--set", "margin=5%",
     ] == shlex.split(set_flags(edits))  # fmt: skip
-
-
-def test_the_made_verdict_states_are_the_documented_ones():
-    """Words exist for each state of the contract."""
-    from memplan.render.words import STATES
-
-    assert {"fits", "tight", "does_not_fit", "unknown"} == set(STATES)
-    assert "fits" == make_verdict("fits").state

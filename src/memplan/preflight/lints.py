@@ -1,5 +1,7 @@
 """
-Lints: what in a job or its environment costs memory, fails, or does nothing, said only where it is certain.
+Lints: what in a job or its environment costs memory or fails, said only where it is certain.
+
+Settings without effect are the job reader's to say, which knows what the user wrote.
 
 Each rule is a function of a `Subject` that yields `Lint`s; `RULES` lists them.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from memplan.job.spec import DTYPE_BYTES, Job, Lora, Npt, Quantization
+from memplan.job.spec import DTYPE_BYTES, Job
 from memplan.model.architecture import Architecture
 from memplan.preflight.environment import (
     VARIABLES,
@@ -282,30 +284,7 @@ def _npt(subject: Subject) -> Iterator[Lint]:
         )
 
 
-def _unused(subject: Subject) -> Iterator[Lint]:
-    job = subject.job
-    unused = []
-    if job.method not in ("lora", "qlora") and job.lora != Lora():
-        unused.append(("lora", f"`method: {job.method}`", "`method: lora` or `qlora`"))
-    if job.method != "qlora" and job.quantization != Quantization():
-        unused.append(("quantization", f"`method: {job.method}`", "`method: qlora`"))
-    if job.method != "npt" and job.npt != Npt():
-        unused.append(("npt", f"`method: {job.method}`", "`method: npt`"))
-    if job.activation_offload and job.activation_checkpointing == "none":
-        unused.append(
-            ("activation_offload", "`activation_checkpointing: none`", "`activation_checkpointing: full`")
-        )
-    if job.parallel.strategy != "NO_SHARD" and job.world_size == 1:
-        unused.append(("parallel.strategy", "one GPU", "`parallel.dp_shard` above 1"))
-    for name, circumstance, remedy in unused:
-        yield Lint(
-            "unused-setting",
-            f"`{name}` is set but does nothing with {circumstance}",
-            f"drop it, or use {remedy}",
-        )
-
-
 RULES: tuple[Rule, ...] = (
     _allocator, _environment, _precision, _attention, _adapters, _quantization, _optimizer, _loop, _length,
-    _loading, _npt, _unused,
+    _loading, _npt,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from memplan.units import MiB, format_bytes
 _LEVELS = {"fits": "notice", "tight": "warning", "does_not_fit": "error", "unknown": "warning"}
 
 
-def annotations(report: Report) -> str:
+def annotation_lines(report: Report) -> str:
     """Workflow commands, one per line: the verdict with its smallest change, then every warning."""
     result = report.result
     state, sentence = headline(result)

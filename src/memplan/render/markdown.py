@@ -42,7 +42,9 @@ def report_markdown(report: Report) -> str:
         frontier = report.frontier
         parts.append(f"Largest {_code(frontier.field)} that fits: **{frontier.value}**")
     if report.preflight is not None:
-        parts += [f"* {line}" for line in report.preflight.notes]
+        from memplan.render.preflight_text import check_lines
+
+        parts.append("\n".join(f"* **{label}**: {_inline(text)}" for label, text in check_lines(report)))
     parts.append(_folded("Where the bytes are", [_phases(result), _totals(result), _top(result)]))
     if result.warnings:
         parts.append("\n".join(f"* ⚠️ {_inline(message)}" for message in result.warnings))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from memplan.budget.result import Change, Result
 
 if TYPE_CHECKING:
-    from memplan.fit import Frontier
-    from memplan.preflight import Preflight
+    from memplan.fit.frontier import Frontier
+    from memplan.preflight.run import Preflight
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ def result_schema() -> dict[str, Any]:
     JSON schema (draft 2020-12) of the object that `estimate`, `fit` and `preflight` print with `--format
     json`.
     """
-    from memplan.fit import Frontier
-    from memplan.preflight import Preflight
+    from memplan.fit.frontier import Frontier
+    from memplan.preflight.run import Preflight
 
     definitions: dict[str, Any] = {}
     schema = _object(Result, definitions)

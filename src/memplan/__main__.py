@@ -1,0 +1,7 @@
+"""`python -m memplan`"""
+
+import sys
+
+from memplan.cli import main
+
+sys.exit(main())

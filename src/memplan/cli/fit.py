@@ -1,0 +1,132 @@
+"""`memplan fit`"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memplan.budget.result import Change
+from memplan.cli.options import (
+    REPORT_FORMATS,
+    JobArgument,
+    OutputFormat,
+    Overrides,
+    check_choice,
+    with_job_flags,
+)
+from memplan.errors import JobError
+
+if TYPE_CHECKING:
+    from memplan.job.load import LoadedJob
+
+FRONTIERS = ("max_seq_len", "micro_batch_size")
+
+
+@with_job_flags
+def fit(
+    job: JobArgument = None,
+    overrides: Overrides = None,
+    write: Annotated[
+        str | None, typer.Option("--write", metavar="FILE", help="Write the changed job to a new file")
+    ] = None,
+    allow: Annotated[
+        str | None,
+        typer.Option(
+            "--allow", metavar="capacity", help="Also try what makes the trained part of the model smaller"
+        ),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(
+            "--maximize", metavar="|".join(FRONTIERS), help="Find the largest value of a field that fits"
+        ),
+    ] = None,
+    output_format: OutputFormat = "text",
+    *,
+    flags: dict[str, Any],
+) -> int:
+    """
+    Find the smallest change that makes a job fit --gpu.
+
+    Nothing is applied unless --write says where to. Exit code: 0 it fits as it is or with a change, 1 nothing
+    fits.
+    """
+    from memplan.cli.output import write_report
+    from memplan.cli.planning import against, job_path, job_words, plan, read_job
+    from memplan.gpu import resolve_capacity
+    from memplan.preflight.verdict import less_margin
+    from memplan.render.report import Report
+
+    check_choice("--format", output_format, REPORT_FORMATS)
+    if allow is not None:
+        check_choice("--allow", allow, ("capacity",))
+    if field is not None:
+        check_choice("--maximize", field, FRONTIERS)
+    loaded = read_job(job, overrides, flags)
+    if loaded.job.gpu is None:
+        raise JobError(
+            "`fit` needs a GPU to fit", hint="add `--gpu 24GB`, a name from `memplan gpus`, or `--gpu live`"
+        )
+    capacity = resolve_capacity(loaded.job.gpu)
+    architecture, result = plan(loaded)
+    result = against(result, capacity)
+    room = less_margin(capacity, loaded.job.margin)
+    report = Report(
+        result, "fit", job_words(job, overrides, flags), job_path(loaded), allow_capacity=allow is not None
+    )
+    if field is not None:
+        from memplan.fit import maximize
+
+        frontier = maximize(loaded.job, architecture, room, field)
+        frontier = replace(frontier, headroom_bytes=capacity.usable_bytes - frontier.need_bytes)
+        report = replace(report, frontier=frontier)
+        edits = {} if frontier.value is None else {field: frontier.value}
+        found = frontier.value is not None
+    else:
+        from memplan.fit import smallest_changes
+
+        changes = smallest_changes(loaded.job, architecture, room, allow_capacity=allow is not None)
+        changes = tuple(
+            replace(change, headroom_bytes=capacity.usable_bytes - change.need_bytes) for change in changes
+        )
+        report = replace(
+            report, result=replace(result, changes=changes), truncations=truncations(loaded, changes)
+        )
+        edits = changes[0].set if changes else {}
+        found = bool(changes)
+    write_report(report, output_format)
+    if write is not None and found:
+        write_changed(loaded, edits, write)
+    return 0 if found else 1
+
+
+def truncations(loaded: LoadedJob, changes: Sequence[Change]) -> dict[int, tuple[int, int]]:
+    """
+    {max_seq_len: (samples cut, samples in all)} for the changes that shorten sequences, where the data can be
+    read.
+    """
+    lengths = {change.set["max_seq_len"] for change in changes if "max_seq_len" in change.set}
+    if not lengths or loaded.job.data.train is None:
+        return {}
+    from memplan.train.data import count_truncated
+
+    counted = {}
+    for length in lengths:
+        count = count_truncated(loaded, length)
+        if count is not None:
+            num_samples, num_longer = count
+            counted[length] = (num_longer, num_samples)
+    return counted
+
+
+def write_changed(loaded: LoadedJob, edits: dict[str, Any], destination: str) -> None:
+    """Write the job with the edits to a new file and say so."""
+    from memplan.cli.output import note
+    from memplan.job.write import write_job
+
+    write_job(loaded.job.replace(**edits), Path(destination))
+    note(f"wrote `{destination}`")

@@ -1,0 +1,6 @@
+"""Results made by hand are shared with the tests of `render`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "render"))
