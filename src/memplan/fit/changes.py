@@ -1,0 +1,182 @@
+"""
+The changes that a job can make to need less memory, as a lattice of independent dimensions
+(`lattice.Dimension`).
+
+Only what the job's method, loop and GPUs allow is offered, and only what differs from the job as it is. Tiers
+0 to 3 keep the global batch. Here are tiers 0 (free), 2 (numerics) and 3 (data); `slower.py` has tier 1,
+`capacity.py` tier 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memplan.fit import costs
+from memplan.fit.capacity import npt_layers, rank, target_modules
+from memplan.fit.lattice import Dimension, Edit, dimension
+from memplan.fit.slower import activations, micro_batch, states
+from memplan.job.spec import Job
+from memplan.model.architecture import Architecture
+
+SEQUENCE_FRACTIONS = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8)
+SEQUENCE_MULTIPLE = 64
+"""Shorter sequences are rounded down to a multiple of this."""
+
+
+def candidate_edits(
+    job: Job, architecture: Architecture, *, allow_capacity: bool = False
+) -> tuple[Dimension, ...]:
+    """
+    The lattice of changes of this job: every dimension has `options[0]` as is and at least one edit.
+
+    Dimensions edit disjoint fields, so that any combination is one job. Tier 4 is part of it only with
+    `allow_capacity`, and raises `JobError` where `npt.layers` names no blocks of this model.
+    """
+    candidates = [
+        allocator(job),
+        optimizer_kernel(job),
+        attention(job),
+        loss(job),
+        npt_form(job),
+        micro_batch(job),
+        activations(job, architecture),
+        states(job),
+        base_weights(job),
+        kbit_preparation(job),
+        adapter_dtype(job),
+        sequence(job),
+    ]
+    if allow_capacity:
+        candidates += [rank(job), target_modules(job, architecture), npt_layers(job, architecture)]
+    return tuple(candidate for candidate in candidates if candidate is not None)
+
+
+def allocator(job: Job) -> Dimension | None:
+    """
+    Expandable segments without `max_split_size_mb`, which stops them from handing out large freed blocks
+    again.
+    """
+    settings: dict[str, Any] = {}
+    summary = "drop `max_split_size_mb`, which keeps expandable segments from reusing large blocks"
+    if job.allocator.max_split_size_mb is not None:
+        settings["allocator.max_split_size_mb"] = None
+    if not job.allocator.expandable_segments:
+        summary = "expandable segments" + (" instead of `max_split_size_mb`" if settings else "")
+        settings["allocator.expandable_segments"] = True
+    return dimension("allocator", [Edit("allocator", settings, summary)] if settings else [], chain=True)
+
+
+def optimizer_kernel(job: Job) -> Dimension | None:
+    """torch has fused kernels for these two only (`torch/optim/adamw.py`, `sgd.py`)."""
+    if job.optimizer_kernel == "fused" or job.optimizer not in ("adamw", "sgd"):
+        return None
+    summary = "fused optimizer step: no temporaries of the size of the states"
+    return dimension(
+        "optimizer_kernel", [Edit("fused step", {"optimizer_kernel": "fused"}, summary)], chain=True
+    )
+
+
+def attention(job: Job) -> Dimension | None:
+    """sdpa instead of eager."""
+    if job.attention != "eager":
+        return None
+    summary = "sdpa attention: the scores of all pairs of tokens are never held"
+    return dimension("attention", [Edit("sdpa", {"attention": "sdpa"}, summary)], chain=True)
+
+
+def loss(job: Job) -> Dimension | None:
+    """
+    The losses that a loop can run: ours has both, transformers' Trainer has Liger's by a flag and the chunked
+    one through TRL, and a script can have Liger's kernel patched in. Local NPT training has no logits.
+
+    Neither is stated to need less than `full`: both hold the head's gradient from forward to backward.
+    """
+    if job.loss != "full" or job.method == "npt":
+        return None
+    summary = "chunked loss: the logits of all tokens are never held at once"
+    chunked = Edit("chunked loss", {"loss": "chunked"}, summary)
+    flag = ""
+    if job.loop == "hf_trainer":
+        summary += " (takes TRL's SFTTrainer with `loss_type: chunked_nll`)"
+        chunked = Edit("chunked loss", {"loss": "chunked"}, summary, slowdown=costs.TRL_CHUNKED_LOSS_SLOWDOWN)
+        flag = " and `use_liger_kernel: true`"
+    summary = f"fused loss: the logits are never held (takes the package liger-kernel{flag})"
+    fused = Edit("fused loss", {"loss": "fused"}, summary, slowdown=costs.LIGER_LOSS_SLOWDOWN)
+    return dimension("loss", [fused] if job.loop == "script" else [chunked, fused])
+
+
+def npt_form(job: Job) -> Dimension | None:
+    """Factored instead of materialised."""
+    if job.method != "npt" or job.npt.form == "factored":
+        return None
+    summary = "factored NPT: the weight delta of a token is never built"
+    return dimension("npt.form", [Edit("factored NPT", {"npt.form": "factored"}, summary)], chain=True)
+
+
+def base_weights(job: Job) -> Dimension | None:
+    """
+    Fewer bits for the base weights. 4 bits turn `lora` into `qlora` with the job's quantisation settings.
+
+    bfloat16 weights under float32 adapters add casts and 4-bit ones add dequantised copies, so nothing is
+    stated.
+    """
+    edits = []
+    if job.dtype == "float32" and job.method != "qlora":
+        settings: dict[str, Any] = {"dtype": "bfloat16"}
+        if job.autocast is not None:
+            settings["autocast"] = None
+        what = "weights, gradients and optimizer states" if job.method == "full" else "base weights"
+        edits.append(Edit("bfloat16 weights", settings, f"{what} in bfloat16", tier=2))
+        if job.method == "lora" and job.lora.dtype == "float32":
+            settings = {**settings, "lora.dtype": "bfloat16"}
+            summary = f"{what} and adapters in bfloat16"
+            edits.append(Edit("bfloat16 weights and adapters", settings, summary, tier=2, num_changes=2))
+    if job.method == "lora":
+        summary = f"4-bit base ({job.quantization.type}): lora becomes qlora"
+        edits.append(Edit("4-bit base", {"method": "qlora"}, summary, 2, costs.FOUR_BIT_SLOWDOWN))
+    if job.method == "qlora" and not job.quantization.double_quant:
+        summary = "quantise the quantisation constants too"
+        settings = {"quantization.double_quant": True}
+        edits.append(Edit("double quantisation", settings, summary, 2, costs.DOUBLE_QUANTISATION_SLOWDOWN))
+    return dimension("base weights", edits)
+
+
+def kbit_preparation(job: Job) -> Dimension | None:
+    """
+    Embeddings, head and norms in the job's dtype instead of the float32 that peft's preparation makes of
+    them.
+    """
+    if job.method != "qlora" or not job.quantization.kbit_preparation or job.dtype == "float32":
+        return None
+    summary = f"leave embeddings, head and norms in {job.dtype}: no prepare_model_for_kbit_training"
+    edit = Edit("no kbit preparation", {"quantization.kbit_preparation": False}, summary, tier=2)
+    return dimension("kbit preparation", [edit])
+
+
+def adapter_dtype(job: Job) -> Dimension | None:
+    """Adapters in the bfloat16 of the base. On a float32 base they would add casts instead."""
+    if job.method not in ("lora", "qlora") or job.lora.dtype != "float32" or job.dtype != "bfloat16":
+        return None
+    summary = "adapters, their gradients and optimizer states in bfloat16"
+    edit = Edit("bfloat16 adapters", {"lora.dtype": "bfloat16"}, summary, tier=2)
+    return dimension("adapter dtype", [edit], chain=True)
+
+
+def sequence(job: Job) -> Dimension | None:
+    """Shorter sequences, by `SEQUENCE_FRACTIONS` rounded down to `SEQUENCE_MULTIPLE`."""
+    lengths = []
+    for fraction in SEQUENCE_FRACTIONS:
+        length = int(job.max_seq_len * fraction) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
+        if 0 < length < job.max_seq_len and length not in lengths:
+            lengths.append(length)
+    edits = [
+        Edit(
+            f"max_seq_len {length}",
+            {"max_seq_len": length},
+            f"sequences of {length} tokens instead of {job.max_seq_len} (longer samples are truncated)",
+            tier=3,
+            given_up=1 - length / job.max_seq_len,
+        )
+        for length in lengths
+    ]
+    return dimension("max_seq_len", edits, chain=True)

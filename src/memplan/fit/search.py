@@ -1,0 +1,352 @@
+"""
+The smallest set of changes that makes a job fit, exact over the lattice of `changes.candidate_edits`.
+
+The search walks tiers from 0 up, and in a tier the number of changes from 1 up; among the states with the
+same tier and count it takes the next cheapest first. It stops when it has found enough, so what it returns
+first is smallest by construction. It stays quick because most states are never evaluated: a box of states is
+left out when the lower bound of its least demanding states is above the limit (branch and bound), and the
+exact need is only computed for a state whose own lower bound fits and whose turn it is.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from memplan.budget.result import Capacity, Change
+from memplan.errors import MemplanError
+from memplan.fit.changes import candidate_edits
+from memplan.fit.lattice import Box, Dimension, State, changed, cheapest, cost, edits_of
+from memplan.job.spec import Job
+from memplan.model.architecture import Architecture
+
+
+class Evaluate(Protocol):
+    """
+    What a job needs, in bytes per GPU. Both raise `MemplanError` for a job that cannot be estimated.
+
+    Where `Dimension.no_more_than` says that an option needs no more than another, its `lower_bound_bytes`
+    must be no more than the other's. The lower bound must be defined wherever the need is.
+    """
+
+    def lower_bound_bytes(self, job: Job) -> int:
+        """Never above `need_bytes(job)`, and much cheaper."""
+
+    def need_bytes(self, job: Job) -> int:
+        """The smallest capacity at which the job completes."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`Evaluate` by the estimator, for one model."""
+
+    architecture: Architecture
+
+    def lower_bound_bytes(self, job: Job) -> int:
+        """Live bytes at the peak, without a replay."""
+        from memplan.budget.estimate import quick_need_bytes
+
+        return quick_need_bytes(job, self.architecture)
+
+    def need_bytes(self, job: Job) -> int:
+        """The smallest capacity at which the replay completes."""
+        from memplan.budget.estimate import need_bytes
+
+        return need_bytes(job, self.architecture)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found, and what it took."""
+
+    changes: tuple[Change, ...]
+    """Smallest first; one without edits if the job fits as it is, none if nothing in the lattice fits."""
+    skipped: tuple[str, ...]
+    """Combinations that could not be estimated, with the reason; they are never counted as fitting."""
+    num_lower_bounds: int
+    num_exact: int
+
+
+def smallest_changes(
+    job: Job,
+    architecture: Architecture,
+    capacity: Capacity,
+    *,
+    allow_capacity: bool = False,
+    evaluate: Evaluate | None = None,
+    num_results: int = 4,
+) -> tuple[Change, ...]:
+    """
+    The smallest changes that make the job fit in `capacity.usable_bytes`, smallest first.
+
+    The first minimises, in this order: the highest tier used, the number of changes, the predicted slowdown,
+    the share of data or trained capacity given up; then it prefers more headroom. The others follow in the
+    same order, each leaving alone something that every better one changes, so that they are different choices
+    and not the same one with more added. Tier 4 takes part only with `allow_capacity`.
+
+    An edit that cannot be estimated alone is left out, and so is a combination that cannot be estimated.
+
+    A job that fits as it is gives one `Change` with an empty `set`; a lattice in which nothing fits gives
+    `()`. Raises `MemplanError` if the job itself cannot be estimated.
+    """
+    return search_changes(
+        job,
+        architecture,
+        capacity,
+        allow_capacity=allow_capacity,
+        evaluate=evaluate,
+        num_results=num_results,
+    ).changes
+
+
+def search_changes(
+    job: Job,
+    architecture: Architecture,
+    capacity: Capacity,
+    *,
+    allow_capacity: bool = False,
+    evaluate: Evaluate | None = None,
+    num_results: int = 4,
+) -> Search:
+    """
+    As `smallest_changes`, with the combinations that could not be estimated and the number of evaluations.
+    """
+    dimensions = candidate_edits(job, architecture, allow_capacity=allow_capacity)
+    evaluate = evaluate or Estimate(architecture)
+    return search_lattice(job, dimensions, capacity.usable_bytes, evaluate, num_results=num_results)
+
+
+def search_lattice(
+    job: Job,
+    dimensions: Sequence[Dimension],
+    limit_bytes: int,
+    evaluate: Evaluate,
+    *,
+    num_results: int = 4,
+) -> Search:
+    """The smallest changes over any lattice; see `smallest_changes` for the order and what is left out."""
+    need_bytes = evaluate.need_bytes(job)
+    if need_bytes <= limit_bytes:
+        unchanged = Change({}, "fits as it is", 0, 1.0, need_bytes, limit_bytes - need_bytes)
+        return Search((unchanged,), (), 0, 1)
+    lattice = _Lattice(job, dimensions, limit_bytes, evaluate)
+    found: list[State] = []
+    for state in lattice.fitting_states(found):
+        found.append(state)
+        if len(found) == num_results:
+            break
+    return Search(
+        changes=tuple(lattice.change(state) for state in found),
+        skipped=tuple(lattice.skipped.values()),
+        num_lower_bounds=len(lattice.lower_bounds),
+        num_exact=len(lattice.needs) + 1,
+    )
+
+
+class _Lattice:
+    """One search: the lattice, the limit, and every evaluation made so far."""
+
+    def __init__(
+        self, job: Job, dimensions: Sequence[Dimension], limit_bytes: int, evaluate: Evaluate
+    ) -> None:
+        self.job = job
+        self.dimensions = tuple(dimensions)
+        self.limit_bytes = limit_bytes
+        self.evaluate = evaluate
+        self.lower_bounds: dict[State, int | MemplanError] = {}
+        self.needs: dict[State, int | MemplanError] = {}
+        self.skipped: dict[str, str] = {}
+        """The first combination that each reason was met with."""
+        self.left_out: set[tuple[int, int]] = set()
+        """(dimension, option) of edits that cannot be estimated alone."""
+
+    def fitting_states(self, found: list[State]) -> Iterator[State]:
+        """
+        States that fit, smallest first, none of which changes everything that one in `found` changes.
+
+        The caller appends to `found` what it keeps.
+        """
+        tiers = sorted({option.tier for dimension in self.dimensions for option in dimension.options[1:]})
+        most_changes = sum(
+            max(option.num_changes for option in dimension.options) for dimension in self.dimensions
+        )
+        for tier in tiers:
+            self._leave_out_unknown(tier)
+            for num_changes in range(1, most_changes + 1):
+                boxes = self._boxes(tier, num_changes, found)
+                queue = [(*cheapest(self.dimensions, box), box) for box in boxes]
+                heapq.heapify(queue)
+                while queue:
+                    yield from self._roomiest_first(self._next_cheapest(queue, tier, found), found)
+
+    def change(self, state: State) -> Change:
+        """A fitting state as a person and a job file see it."""
+        edits = edits_of(self.dimensions, state)
+        tier, _, slowdown, _ = cost(edits)
+        need_bytes = self._need(state)
+        assert need_bytes is not None
+        return Change(
+            set=self._settings(state),
+            summary="; ".join(edit.summary for edit in edits),
+            tier=tier,
+            slowdown=slowdown,
+            need_bytes=need_bytes,
+            headroom_bytes=self.limit_bytes - need_bytes,
+        )
+
+    def _leave_out_unknown(self, tier: int) -> None:
+        """
+        Leaves out the edits of this tier that cannot be estimated even alone: nothing could be bounded with
+        them.
+        """
+        for position, dimension in enumerate(self.dimensions):
+            for index, option in enumerate(dimension.options[1:], 1):
+                alone = tuple(index if other == position else 0 for other in range(len(self.dimensions)))
+                if option.tier == tier and self._lower_bound(alone) is None:
+                    self.left_out.add((position, index))
+
+    def _allowed(self, position: int, tier: int, num_changes: int) -> tuple[int, ...]:
+        options = self.dimensions[position].allowed(tier, num_changes)
+        return tuple(index for index in options if (position, index) not in self.left_out)
+
+    def _boxes(self, tier: int, num_changes: int, found: Sequence[State]) -> Iterator[Box]:
+        """
+        Boxes that together hold every state of this tier with so many changes that may fit and is none of
+        `found` with more added. All states of a box change the same dimensions.
+        """
+        found_sets = [changed(state) for state in found]
+
+        def descend(prefix: Box, left: int) -> Iterator[Box]:
+            position = len(prefix)
+            chosen = {index for index, options in enumerate(prefix) if 0 not in options}
+            missing = [one - chosen for one in found_sets]
+            if not all(missing):
+                return
+            completing = set().union(*(rest for rest in missing if len(rest) == 1))
+            remaining = tuple(
+                (0,) if index in completing else self._allowed(index, tier, left)
+                for index in range(position, len(self.dimensions))
+            )
+            box = prefix + remaining
+            if not self._reaches(box, tier) or not self._may_fit(box):
+                return
+            if left == 0:
+                yield box
+                return
+            if not remaining:
+                return
+            options = self.dimensions[position].options
+            by_count = sorted(remaining[0], key=lambda index: options[index].num_changes)
+            for count, group in itertools.groupby(by_count, key=lambda index: options[index].num_changes):
+                yield from descend((*prefix, tuple(group)), left - count)
+
+        yield from descend((), num_changes)
+
+    def _next_cheapest(
+        self, queue: list[tuple[float, float, Box]], tier: int, found: Sequence[State]
+    ) -> list[State]:
+        """
+        Takes the states of this tier with the least (slowdown, share given up) off the queue, splitting boxes
+        on the way. `queue` is a heap of (what no state of the box stays below, box).
+        """
+        found_sets = [changed(state) for state in found]
+        states: list[State] = []
+        least: tuple[float, float] | None = None
+        while queue and (least is None or queue[0][:2] == least):
+            slowdown, given_up, box = heapq.heappop(queue)
+            changes = {position for position, options in enumerate(box) if 0 not in options}
+            if any(one <= changes for one in found_sets):
+                continue
+            if not self._reaches(box, tier) or not self._may_fit(box):
+                continue
+            position = max(range(len(box)), key=lambda index: len(box[index]))
+            options = box[position]
+            if len(options) == 1:
+                least = (slowdown, given_up)
+                states.append(tuple(index for (index,) in box))
+                continue
+            middle = len(options) // 2
+            for half in (options[:middle], options[middle:]):
+                part = (*box[:position], half, *box[position + 1 :])
+                heapq.heappush(queue, (*cheapest(self.dimensions, part), part))
+        return states
+
+    def _roomiest_first(self, states: Sequence[State], found: Sequence[State]) -> Iterator[State]:
+        """
+        Those of equally cheap states that fit, most headroom first; the exact need is computed only to
+        decide.
+        """
+        bounds = {state: bound for state in states if (bound := self._lower_bound(state)) is not None}
+        remaining = sorted(bounds, key=lambda state: (bounds[state], state))
+        while remaining:
+            best: tuple[int, State] | None = None
+            for state in remaining:
+                if best is not None and bounds[state] > best[0]:
+                    break
+                need_bytes = self._need(state)
+                if need_bytes is not None and need_bytes <= self.limit_bytes:
+                    best = min(best, (need_bytes, state)) if best else (need_bytes, state)
+            if best is None:
+                return
+            yield best[1]
+            remaining = [
+                state for state in remaining if not any(changed(one) <= changed(state) for one in found)
+            ]
+
+    def _reaches(self, box: Box, tier: int) -> bool:
+        """Whether a state of the box uses this tier."""
+        return any(
+            index and dimension.options[index].tier == tier
+            for dimension, options in zip(self.dimensions, box)
+            for index in options
+        )
+
+    def _may_fit(self, box: Box) -> bool:
+        """
+        False only if no state of the box fits: the lower bounds of all that may be its least are above the
+        limit.
+
+        A combination that cannot be estimated says nothing about the others, so the box stays.
+        """
+        corners = itertools.product(
+            *(dimension.least(options) for dimension, options in zip(self.dimensions, box))
+        )
+        return any(not self._is_above_limit(corner) for corner in corners)
+
+    def _is_above_limit(self, state: State) -> bool:
+        bound = self._evaluated(state, self.lower_bounds, self.evaluate.lower_bound_bytes)
+        return isinstance(bound, int) and bound > self.limit_bytes
+
+    def _lower_bound(self, state: State) -> int | None:
+        """None, and noted as skipped, where it cannot be estimated."""
+        return self._noted(state, self._evaluated(state, self.lower_bounds, self.evaluate.lower_bound_bytes))
+
+    def _need(self, state: State) -> int | None:
+        """None, and noted as skipped, where it cannot be estimated."""
+        return self._noted(state, self._evaluated(state, self.needs, self.evaluate.need_bytes))
+
+    def _evaluated(
+        self, state: State, known: dict[State, int | MemplanError], function: Callable[[Job], int]
+    ) -> int | MemplanError:
+        if state not in known:
+            try:
+                known[state] = function(self.job.replace(**self._settings(state)))
+            except MemplanError as error:
+                known[state] = error
+        return known[state]
+
+    def _noted(self, state: State, result: int | MemplanError) -> int | None:
+        if isinstance(result, int):
+            return result
+        names = " + ".join(edit.name for edit in edits_of(self.dimensions, state))
+        self.skipped.setdefault(result.message, f"{names}: {result.message}")
+        return None
+
+    def _settings(self, state: State) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        for edit in edits_of(self.dimensions, state):
+            settings.update(edit.set)
+        return settings
