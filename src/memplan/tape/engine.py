@@ -124,6 +124,8 @@ class CheckpointFrame:
             else:
                 slots.append(self.num_saved)
                 self.num_saved += 1
+        if slots.count(-1) == len(slots):
+            return Saved(tensors)
         return CheckpointSaved(self, slots)
 
     def collect(self, tensors: list[Tensor | None]) -> Saved:
@@ -247,6 +249,17 @@ class Graph:
         while held:
             held.pop()
 
+    def claim_workspace(self) -> None:
+        """
+        cuBLAS keeps one workspace per handle and stream; the thread that runs backward has a handle of its own. Both
+        are made at the thread's first product (backward's here as it begins).
+        """
+        thread = "backward" if self.in_backward else "forward"
+        if self.workspace_bytes and thread not in self.workspaces:
+            self.workspaces.add(thread)
+            name = f"cuBLAS workspace ({thread})"
+            self.persistent.append(self.storage(self.workspace_bytes, name, category="workspace"))
+
     def recategorize(self, tensor: Tensor, category: str, name: str) -> None:
         """A gradient that a parameter keeps was an activation's until now: name it for what it becomes."""
         assert tensor.storage is not None
@@ -333,6 +346,7 @@ class Graph:
         assert root is not None
         dependencies = _count_dependencies(root)
         self.enter(root.layer)
+        self.claim_workspace()
         self.category = root.category
         buffers: dict[Node | Parameter, dict[int, Tensor]] = {
             root: {0: self.new((), loss.dtype, "grad of loss")}

@@ -39,16 +39,6 @@ class Linear:
     """Packed weight and quantisation state of a 4-bit layer: alive as long as the layer."""
 
 
-def _workspace(g: Graph) -> None:
-    """cuBLAS keeps one workspace per handle and stream; the thread that runs backward has a handle of its own."""
-    thread = "backward" if g.in_backward else "forward"
-    if g.workspace_bytes and thread not in g.workspaces:
-        g.workspaces.add(thread)
-        g.persistent.append(
-            g.storage(g.workspace_bytes, f"cuBLAS workspace ({thread})", category="workspace")
-        )
-
-
 def autocast_to(g: Graph, tensor: Tensor) -> Tensor:
     """
     Autocast's cast of an argument; float32 leaves that train are cast once and kept until autocast ends.
@@ -74,7 +64,7 @@ def matmul(g: Graph, x: Tensor, weight: Tensor, bias: Tensor | None, out_feature
         bias = autocast_to(g, bias)
     needed = g.needs(x, weight, bias)
     saved = g.save(x if weight.needs_grad else None, weight if x.needs_grad else None) if needed else None
-    _workspace(g)
+    g.claim_workspace()
     out = g.new((*x.shape[:-1], out_features), x.dtype, "output")
     if saved is not None:
         inputs = (x, weight) if bias is None else (x, weight, bias)
@@ -93,7 +83,7 @@ def _matmul_backward(
     x_shape, weight_shape = node.extra
     edge_x, edge_weight = node.edges[:2]
     has_bias = len(node.edges) > 2
-    _workspace(g)
+    g.claim_workspace()
     grad_x = grad_weight = None
     for wanted in ("input", "weight") if has_bias else ("weight", "input"):
         if wanted == "weight" and edge_weight is not None:
@@ -113,7 +103,7 @@ def matmul_4bit(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     """
     x = cast(g, x, layer.dtype)
     weight = _dequantized(g, layer)
-    _workspace(g)
+    g.claim_workspace()
     out = g.new((*x.shape[:-1], layer.out_features), x.dtype, "output")
     del weight
     if g.needs(x):
@@ -126,7 +116,7 @@ def _matmul_4bit_backward(
 ) -> Gradients:
     shape, layer = node.extra
     weight = _dequantized(g, layer)
-    _workspace(g)
+    g.claim_workspace()
     out = g.new(shape, gradients[0].dtype, "grad of input")
     del weight
     return [out]

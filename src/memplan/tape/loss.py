@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.tape.engine import Gradients, Graph, Node, Tensor
-from memplan.tape.linear import Linear, linear
+from memplan.tape.linear import Linear, autocast_to
 from memplan.tape.ops import alias, cast
 
 CHUNK_TOKENS = 1024
@@ -35,7 +35,7 @@ def _log_softmax_backward(
 
 
 def shifted_labels(g: Graph, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """ForCausalLMLoss of transformers: labels padded by one on the right, and the copy without the first column."""
+    """ForCausalLMLoss of transformers: labels padded by one on the right, and a copy without the first column."""
     batch, length = labels.shape
     padded = g.new((batch, length + 1), "int64", "padded labels")
     shifted = g.new((batch, length), "int64", "shifted labels")
@@ -91,65 +91,44 @@ def _restore_last_position(
 
 def chunked_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor) -> Tensor:
     """
-    memplan's ChunkedLinearCrossEntropy over (B, S, d): logits of CHUNK_TOKENS tokens at a time, their gradient formed
-    in forward; what stays is the gradient of the hidden states, and of the head's weight where that trains.
+    memplan.train.loss.ChunkedLinearCrossEntropy over (B, S, d): logits of CHUNK_TOKENS tokens at a time, their gradient
+    formed in forward; what stays is the gradient of the hidden states, and of the head's weight where that trains.
     """
-    batch, length, width = hidden.shape
-    padded, labels = shifted_labels(g, labels)
-    num_tokens = batch * length
-    weight = head.weight
+    weight: Tensor | None = head.weight
     assert weight is not None
-    needs_hidden, needs_weight = g.needs(hidden), g.needs(weight)
-    saved: list[Tensor | None] = []
-    grad_hidden = g.new((num_tokens, width), hidden.dtype, "grad of hidden states") if needs_hidden else None
-    grad_weight = g.new(weight.shape, "float32", "grad of head") if needs_weight else None
-    loss = g.new((), "float32", "loss")
-    vocabulary = head.out_features
+    hidden, weight = autocast_to(g, hidden), autocast_to(g, weight)
+    batch, length, width = hidden.shape
+    labels = shifted_labels(g, labels)[1]
+    num_tokens = batch * length
+    grad_hidden = grad_weight = None
+    if g.needs(hidden):
+        grad_hidden = g.new((num_tokens, width), hidden.dtype, "grad of hidden states")
+    if g.needs(weight):
+        grad_weight = g.new(weight.shape, weight.dtype, "grad of head")
+    total = g.new((), "float32", "loss")
     for start in range(0, num_tokens, CHUNK_TOKENS):
-        size = min(CHUNK_TOKENS, num_tokens - start)
-        _chunk(g, size, vocabulary, width, hidden.dtype, needs_hidden, needs_weight)
-    saved = [grad_hidden, grad_weight]
-    out = g.new((), "float32", "loss")
-    del loss
-    if needs_hidden or needs_weight:
-        g.record(out, (hidden, weight), saved, _chunked_backward, (hidden.shape, weight.shape))
-    return out
+        _chunk(g, min(CHUNK_TOKENS, num_tokens - start), head.out_features, hidden.dtype)
+    loss = g.new((), "float32", "loss")
+    del total
+    if g.needs(hidden, weight):
+        g.record(loss, (hidden, weight), [grad_hidden, grad_weight], _chunked_backward, hidden.shape)
+    return loss
 
 
-def _chunk(
-    g: Graph, size: int, vocabulary: int, width: int, dtype: str, needs_hidden: bool, needs_weight: bool
-) -> None:
+def _chunk(g: Graph, size: int, vocabulary: int, dtype: str) -> None:
+    """Logits in their dtype, once more in float32; the gradient is written over the former."""
     logits = g.new((size, vocabulary), dtype, "logits of a chunk")
     if dtype != "float32":
-        logits32 = g.new((size, vocabulary), "float32", "logits of a chunk in float32")
-        del logits
-        if needs_hidden:
-            low = g.new((size, vocabulary), dtype, "grad of logits of a chunk")
-    else:
-        logits32 = logits
-    if needs_hidden:
-        product = g.new((size, width), dtype, "grad of hidden states of a chunk")
-        del product
-        low = None  # noqa: F841
-    if needs_weight and dtype != "float32":
-        inputs = g.new((size, width), "float32", "hidden states of a chunk in float32")
-        del inputs
-    del logits32
+        scores = g.new((size, vocabulary), "float32", "logits of a chunk in float32")
+        del scores
+    del logits
 
 
-def _chunked_backward(
-    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
-) -> Gradients:
-    """Both stored gradients times the gradient of the loss; the head's is cast to its dtype."""
-    grad_hidden, grad_weight = saved
-    hidden_shape, weight_shape = node.extra
-    out_hidden = None
-    if grad_hidden is not None:
-        out_hidden = alias(g.new(grad_hidden.shape, grad_hidden.dtype, "grad of hidden states"), hidden_shape)
-    out_weight = g.new(weight_shape, "float32", "grad of head") if grad_weight is not None else None
-    return [out_hidden, out_weight]
-
-
-def head_logits(g: Graph, hidden: Tensor, head: Linear) -> Tensor:
-    """(B, S, d) to (B, S, V)."""
-    return linear(g, hidden, head)
+def _chunked_backward(g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]) -> Gradients:
+    """Both stored gradients, times the gradient of the loss."""
+    outputs: Gradients = []
+    for tensor, name in zip(saved, ("hidden states", "head")):
+        outputs.append(None if tensor is None else g.new(tensor.shape, tensor.dtype, f"grad of {name}"))
+    if outputs[0] is not None:
+        outputs[0] = alias(outputs[0], node.extra)
+    return outputs

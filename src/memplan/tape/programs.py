@@ -40,6 +40,8 @@ class Settings:
         self.use_cache = use_cache
         self.input_gradients = input_gradients
         self.cache: list[tuple[int, Tensor]] = []
+        self.npt_block: Callable[[Block, Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
+        """Runs a converted block, given its attention."""
 
 
 def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Tensor:
@@ -156,6 +158,10 @@ def _llama_block(
     mask: Tensor | None,
     settings: Settings,
 ) -> Tensor:
+    if block.npt is not None and settings.npt_block is not None:
+        return settings.npt_block(
+            block, hidden, lambda x: llama_attention(g, model, block, x, cos, sin, mask, settings)
+        )
     residual = hidden
     with g.module("input_layernorm"):
         hidden = rms_norm(g, hidden, block.norms["input_layernorm.weight"])
@@ -277,6 +283,8 @@ def _gpt2_decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Te
 def _gpt2_block(
     g: Graph, model: Model, block: Block, hidden: Tensor, mask: Tensor | None, settings: Settings
 ) -> Tensor:
+    if block.npt is not None and settings.npt_block is not None:
+        return settings.npt_block(block, hidden, lambda x: gpt2_attention(g, model, block, x, mask, settings))
     residual = hidden
     with g.module("ln_1"):
         hidden = layer_norm(g, hidden, block.norms["ln_1.weight"], block.norms["ln_1.bias"])

@@ -78,6 +78,8 @@ class Template:
     (group, block, occurrence, entry) per external free. The block is relative to this one's: the recorded blocks are
     neighbours when they are recorded, so a neighbour then is a neighbour in the whole model. Absolute outside blocks.
     """
+    external_ids: list[int] = field(default_factory=list)
+    """The recorded storage of each external free."""
     occurrence: int = 0
 
 
@@ -94,8 +96,14 @@ class Expansion:
     """A recording and the instances that the whole model makes of it."""
 
     def __init__(
-        self, graph: Graph, events: list[int], marks: list[tuple[int, str, int]], selection: Selection
+        self,
+        graph: Graph,
+        events: list[int],
+        marks: list[tuple[int, str, int]],
+        selection: Selection,
+        host: dict[str, int] | None = None,
     ) -> None:
+        self.host = host or {}
         self.graph = graph
         self.layers = selection.layers
         self.periods = selection.periods
@@ -144,9 +152,9 @@ class Expansion:
                     codes.append(-entry - 1)
                 else:
                     codes.append(_EXTERNAL - len(template.externals))
-                    template.externals.append(
-                        (source.group, self._relative(template, source), source.occurrence, entry)
-                    )
+                    template.external_ids.append(-event)
+                    relative = self._relative(template, source)
+                    template.externals.append((source.group, relative, source.occurrence, entry))
 
     def _relative(self, template: Template, source: Template) -> int | None:
         if source.layer is None or template.layer is None:
@@ -218,6 +226,38 @@ class Expansion:
             placed.append((len(self.instances) if index is None else self.first_instance[index], phase, step))
         return placed
 
+    # -- without flattening ---------------------------------------------------------------------------------
+
+    def peak_live_bytes(self, granularity_bytes: int) -> int:
+        """The largest sum of live storages, each rounded up to the granularity; composed of stretches."""
+        mask = -granularity_bytes
+        rounded = [-(-size & mask) for size in self.graph.sizes]
+        profiles: dict[int, tuple[int, int]] = {}
+        live = peak = 0
+        for instance in self.instances:
+            template = instance.template
+            profile = profiles.get(id(template))
+            if profile is None:
+                profile = profiles[id(template)] = self._profile(template, rounded)
+            net, highest = profile
+            peak = max(peak, live + highest)
+            live += net
+        return peak
+
+    def _profile(self, template: Template, rounded: list[int]) -> tuple[int, int]:
+        """(bytes left behind, highest bytes) of a stretch, relative to what is alive before it."""
+        first = template.first_id
+        live = highest = 0
+        for code in template.codes:
+            if code > 0:
+                live += rounded[first + code - 1]
+                highest = max(highest, live)
+            elif code > _EXTERNAL:
+                live -= rounded[first - code - 1]
+            else:
+                live -= rounded[template.external_ids[_EXTERNAL - code]]
+        return live, highest
+
     # -- the flat tape -------------------------------------------------------------------------------------
 
     def flatten(self) -> Tape:
@@ -255,6 +295,16 @@ class Expansion:
         starts.append(len(events))
         marks = [Mark(starts[index], phase, step) for index, phase, step in self.marks]
         return Tape(events, sizes, marks, streams)
+
+    def categories(self) -> list[str]:
+        """Category of each storage of the flat tape, by id."""
+        info = self.graph.info
+        names = [""]
+        for instance in self.instances:
+            template = instance.template
+            first = template.first_id
+            names += [info[first + entry][0] for entry in range(len(template.sizes))]
+        return names
 
     def describe(self, storage_id: int) -> Storage:
         """What a storage of the flat tape holds."""

@@ -69,6 +69,8 @@ class Recording:
     marks: list[tuple[int, str, int]] = field(default_factory=list)
     layers: tuple[int, ...] = ()
     num_trainable: int = 0
+    host: dict[str, int] = field(default_factory=dict)
+    """Bytes in host memory, by category."""
 
     def mark(self, phase: str, step: int) -> None:
         self.marks.append((len(self.graph.events), phase, step))
