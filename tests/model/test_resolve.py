@@ -1,4 +1,4 @@
-"""`resolve_model` finds what a job names (a local config, the catalogue, the cache, the hub) or says why not."""
+"""`resolve_model` finds what a job names: a config, the catalogue, the cache, the hub; or says why not."""
 
 from __future__ import annotations
 
