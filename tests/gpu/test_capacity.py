@@ -207,7 +207,7 @@ def test_live_gpu_that_is_not_there(which: str, variable: str | None, says: str)
 
 def test_live_gpu_that_cannot_be_read() -> None:
     """The failure of the chosen GPU is the answer; that of another one is not."""
-    machine = Machine(reading(0), GpuFailure(1, "GPU 1 has fallen off the bus", "Reboot", pci_bus_id="01"))
+    machine = Machine(reading(0), GpuFailure(1, "GPU 1 has fallen off the bus", "Reboot"))
 
     assert 0 == resolve("live", machine).used_by_others_bytes
     with pytest.raises(NoLiveGpu, match="fallen off the bus") as failure:

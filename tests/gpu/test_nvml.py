@@ -1,4 +1,4 @@
-"""`NvmlProbe` on machines that exist: several cards, old drivers, MIG, containers, unified memory, no driver."""
+"""`NvmlProbe` on machines as they are: several cards, old drivers, MIG, containers, unified memory, none."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memplan.gpu import GpuReading, visible_devices
+from memplan.gpu import GpuFailure, GpuReading, visible_devices
 
 
 def gpu(index: int, uuid: str, *, name: str = "A", bus: str = "", mig: int | None = None) -> GpuReading:
@@ -88,6 +88,13 @@ def test_counted_by_bus_id() -> None:
     devices = [gpu(0, "GPU-second", bus="0000:41"), gpu(1, "GPU-first", bus="0000:01")]
 
     assert ["GPU-first", "GPU-second"] == [device.uuid for device in visible_devices(devices, {})[0]]
+
+
+def test_lost_gpu_keeps_its_place() -> None:
+    """A GPU that cannot be read has no bus id and still counts at its own position."""
+    lost = GpuFailure(1, "GPU 1 has fallen off the bus", "Reboot")
+
+    assert [0, 1, 2] == [device.index for device in visible_devices([ALIKE[0], lost, ALIKE[2]], {})[0]]
 
 
 def test_mig_slices() -> None:

@@ -15,6 +15,9 @@ ENTRIES = list_models()
 SUPPORTED = [entry for entry in ENTRIES if entry.supported]
 
 
+ONE_OF_EACH_CLASS = ("smollm2-135m", "mistral-nemo-12b", "qwen2.5-0.5b", "qwen3-0.6b", "gpt2")
+
+
 def by_name(entry: CatalogueEntry) -> str:
     return entry.name
 
@@ -47,6 +50,29 @@ def test_counts_that_everyone_knows(name: str, count: int) -> None:
 
     assert entry is not None
     assert count == entry.num_parameters
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "entry",
+    [
+        entry
+        for entry in ENTRIES
+        if entry.published_parameters is not None and (not entry.supported or entry.name in ONE_OF_EACH_CLASS)
+    ],
+    ids=by_name,
+)
+def test_config_builds_the_published_model(entry: CatalogueEntry) -> None:
+    """transformers builds the published model from the keys kept here, program or not."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    keys = dict(entry.config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(keys.pop("model_type"), **keys)
+        )
+
+    assert entry.published_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_most_counts_are_published() -> None:

@@ -81,10 +81,7 @@ def usable_bytes(gpu: GpuProfile) -> tuple[int, str]:
     if gpu.memory_bytes is None:
         raise GpuError(f"The memory of {gpu.name} is not known", hint="Name its size, such as `48GB`")
     reserve = 300 * MiB + gpu.memory_bytes * 3 // 400
-    return (
-        gpu.memory_bytes - reserve,
-        "that less 300 MiB and 0.75 %, an upper bound of what the driver takes",
-    )
+    return gpu.memory_bytes - reserve, "that less 300 MiB and 0.75 %, an upper bound of the driver's share"
 
 
 def _of_card(gpu: GpuProfile) -> Capacity:
@@ -137,9 +134,8 @@ def _choose(which: str, devices: tuple[Device, ...], environ: Mapping[str, str])
         device = match_uuid(devices, which.strip())
         if device is None:
             listed = ", ".join(device.uuid for device in devices if device.uuid)
-            raise NoLiveGpu(
-                f"No single GPU here has a uuid that begins with {which}", hint=f"There are {listed}"
-            )
+            message = f"No single GPU here has a uuid that begins with {which}"
+            raise NoLiveGpu(message, hint=f"There are {listed}" if listed else "Use `live`")
         return device, ""
     visible, caution = visible_devices(devices, environ)
     position = int(live[1] or 0)

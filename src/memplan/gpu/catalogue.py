@@ -17,7 +17,7 @@ from typing import Any
 from memplan.errors import GpuError
 from memplan.units import MiB, format_bytes
 
-_FOLDER = Path(__file__).parent.parent / "profiles" / "gpus"
+PROFILE_FOLDER = Path(__file__).parent.parent / "profiles" / "gpus"
 _VENDORS = ("nvidia", "amd")
 _FILLER = re.compile(r"nvidia|geforce|tesla|rtx|gtx|gpu|generation|edition|[^a-z0-9]")
 
@@ -49,7 +49,7 @@ def list_gpus() -> list[GpuProfile]:
     """Every GPU of the catalogue, newest consumer cards first as in the file."""
     profiles = []
     for vendor in _VENDORS:
-        data = json.loads((_FOLDER / f"{vendor}.json").read_text(encoding="utf-8"))
+        data = json.loads((PROFILE_FOLDER / f"{vendor}.json").read_text(encoding="utf-8"))
         profiles += [_profile(entry) for entry in data["gpus"]]
     return profiles
 

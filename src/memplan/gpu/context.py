@@ -6,7 +6,7 @@ import json
 from functools import cache
 from typing import Any
 
-from memplan.gpu.catalogue import _FOLDER, GpuProfile
+from memplan.gpu.catalogue import PROFILE_FOLDER, GpuProfile
 from memplan.units import MiB
 
 
@@ -42,5 +42,5 @@ def _measured(gpu: GpuProfile | None, facts: dict[str, Any]) -> tuple[dict[str, 
 
 @cache
 def _facts() -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((_FOLDER / "context.json").read_text(encoding="utf-8"))
+    facts: dict[str, Any] = json.loads((PROFILE_FOLDER / "context.json").read_text(encoding="utf-8"))
     return facts

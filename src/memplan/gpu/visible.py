@@ -19,23 +19,32 @@ def visible_devices(devices: Sequence[Device], environ: Mapping[str, str]) -> tu
     empties it. Indices count GPUs in CUDA's order, which is fastest first unless
     `CUDA_DEVICE_ORDER=PCI_BUS_ID`; of a GPU in MIG mode a process sees the first MIG device.
     """
-    by_bus = sorted(devices, key=lambda device: (device.pci_bus_id, device.index, device.mig_index or 0))
+    ordered = _by_bus_id(devices)
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None and chosen.startswith(("GPU-", "MIG-")):
-        return _by_uuid(by_bus, chosen.split(",")), ""
+        return _by_uuid(ordered, chosen.split(",")), ""
     gpus: dict[int, Device] = {}
-    for device in by_bus:
+    for device in ordered:
         gpus.setdefault(device.index, device)
     selected = list(gpus.values())
     if chosen is not None:
         selected = _by_index(selected, chosen.split(","))
-    return selected, _caution(by_bus, environ) if selected else ""
+    return selected, _caution(ordered, environ) if selected else ""
 
 
 def match_uuid(devices: Sequence[Device], prefix: str) -> Device | None:
     """The one device whose uuid begins so; None if there is none or several."""
     matches = [device for device in devices if prefix and device.uuid.lower().startswith(prefix.lower())]
     return matches[0] if len(matches) == 1 else None
+
+
+def _by_bus_id(devices: Sequence[Device]) -> list[Device]:
+    """In NVML's order, which is that of the bus ids, where a GPU that cannot be read has told none."""
+    all_told = all(device.pci_bus_id for device in devices)
+    return sorted(
+        devices,
+        key=lambda device: (device.pci_bus_id if all_told else "", device.index, device.mig_index or 0),
+    )
 
 
 def _by_uuid(devices: Sequence[Device], entries: Sequence[str]) -> list[Device]:
