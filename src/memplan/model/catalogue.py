@@ -4,7 +4,7 @@ The models that memplan knows without network or cache: one JSON file each in `p
     {"name": "llama-3.2-1b", "hub_ids": ["meta-llama/Llama-3.2-1B", ...], "config": {keys of config.json},
      "source": "where the numbers were read", "num_parameters": 1235814400}
 
-`num_parameters` is a count published for the model (safetensors metadata of the hub, keras-hub presets, logs),
+`num_parameters` is a count published for the model (hub metadata, keras-hub presets, logs),
 present only where one was found; the tests hold the shapes to it.
 """
 
