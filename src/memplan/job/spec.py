@@ -1,9 +1,9 @@
 """
 What a user wants to run: a `Job`, as frozen dataclasses whose fields are the fields of the job file.
 
-A `Job` knows nothing of bytes, GPUs or torch. Derived values are properties. `setting(...)` keeps the sentence
-that describes a field, its choices and its bounds next to the field; the reader's errors, the JSON schema and the
-generated reference all come from there.
+A `Job` knows nothing of bytes, GPUs or torch. Derived values are properties. `setting(...)` keeps the
+sentence that describes a field, its choices and its bounds next to the field; the reader's errors, the JSON
+schema and the generated reference all come from there.
 """
 
 # ruff: noqa: RUF009 (`setting` returns a dataclass field, not a shared default)
@@ -35,8 +35,8 @@ def setting(
     below: float | None = None,
 ) -> Any:
     """
-    A dataclass field with its one-sentence description, its choices, its lower bound (`exclusive`: it must lie
-    above that) and its upper one (it must lie `below` that).
+    A dataclass field with its one-sentence description, its choices, its lower bound (`exclusive`: it must
+    lie above that) and its upper one (it must lie `below` that).
 
     Where a field takes a word or a list, the choices are the words.
     """

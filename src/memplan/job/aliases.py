@@ -1,0 +1,212 @@
+"""
+Names and values of other tools that mean the same as ours, accepted on input.
+
+Sources, each read in its own option classes: transformers `TrainingArguments` and `BitsAndBytesConfig`, TRL
+`SFTConfig` and `ModelConfig`, peft `LoraConfig`, axolotl `utils/schemas`, LLaMA-Factory `hparams`, litgpt
+`args.py`, torchtune recipes, torchtitan `ParallelDims`, accelerate and DeepSpeed config files. What only
+resembles ours is not an alias: it is refused with the reason (`REMEDIES`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from memplan.job.fields import job_fields
+from memplan.job.problems import Invalid, listed, shorten
+
+
+class Not(NamedTuple):
+    """What `load_in_4bit: false` says of `method`: anything but this value."""
+
+    value: Any
+
+
+class Alias(NamedTuple):
+    """Another tool's name for `field`; its values mean what `words` says, where that is given."""
+
+    field: str
+    words: dict[str, Any] | None = None
+
+
+_DTYPE_WORDS: dict[str, Any] = {
+    "bf16": "bfloat16", "torch.bfloat16": "bfloat16",
+    "fp16": "float16", "half": "float16", "torch.float16": "float16",
+    "fp32": "float32", "float": "float32", "torch.float32": "float32",
+}  # fmt: skip
+
+FIELD_WORDS: dict[str, dict[str, Any]] = {
+    "dtype": _DTYPE_WORDS,
+    "lora.dtype": _DTYPE_WORDS,
+    "autocast": _DTYPE_WORDS,
+    "activation_checkpointing": {
+        "true": "full", "false": "none",
+        "offload": {"activation_checkpointing": "full", "activation_offload": True},
+    },
+    "attention": {"fa2": "flash_attention_2"},
+    "optimizer": {
+        "adamw_torch": {"optimizer": "adamw", "optimizer_kernel": "foreach"},
+        "adamw_torch_fused": {"optimizer": "adamw", "optimizer_kernel": "fused"},
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw_32bit": "paged_adamw",
+        "lion_32bit": "lion",
+    },
+    "lora.target_modules": {"all": "all-linear"},
+    "train.schedule": {"constant_with_warmup": "constant"},
+    "parallel.strategy": {
+        "ddp": "NO_SHARD", "no_shard": "NO_SHARD", "shard_grad_op": "SHARD_GRAD_OP",
+        "full_shard": "FULL_SHARD", "hybrid_shard": "HYBRID_SHARD",
+        "zero1": "ZERO_1", "zero2": "ZERO_2", "zero3": "ZERO_3",
+    },
+}  # fmt: skip
+"""Values of other tools, by field. A value that is a mapping sets several fields."""
+
+_SAME = {
+    "model": ("model_name_or_path", "base_model", "model_name", "pretrained_model_name_or_path"),
+    "dtype": ("torch_dtype",),
+    "micro_batch_size": (
+        "per_device_train_batch_size", "train_micro_batch_size_per_gpu", "device_batch_size",
+        "local_batch_size",
+    ),
+    "gradient_accumulation_steps": ("gradient_accumulation_iters", "grad_accum"),
+    "max_seq_len": (
+        "max_length", "max_seq_length", "sequence_len", "cutoff_len", "model_max_length", "seq_len",
+    ),
+    "packing": ("sample_packing",),
+    "activation_checkpointing": ("gradient_checkpointing", "enable_activation_checkpointing"),
+    "activation_offload": ("activation_offloading", "enable_activation_offloading"),
+    "attention": ("attn_implementation",),
+    "optimizer": ("optim",),
+    "lora.rank": ("lora_r", "lora_rank", "lora.r", "lora.lora_r", "lora.lora_rank"),
+    "lora.alpha": ("lora_alpha", "lora.lora_alpha"),
+    "lora.dropout": ("lora_dropout", "lora.lora_dropout"),
+    "lora.target_modules": (
+        "lora_target_modules", "lora_target", "target_modules",
+        "lora.lora_target_modules", "lora.lora_target",
+    ),
+    "npt.layers": ("npt_layers",),
+    "npt.rank": ("np_rank", "npt_rank"),
+    "quantization.type": (
+        "bnb_4bit_quant_type", "quantization_type",
+        "quantization.bnb_4bit_quant_type", "quantization.quant_type",
+    ),
+    "quantization.double_quant": (
+        "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization",
+        "quantization.bnb_4bit_use_double_quant", "quantization.use_double_quant",
+    ),
+    "quantization.skip": ("llm_int8_skip_modules",),
+    "parallel.strategy": ("sharding_strategy", "fsdp_sharding_strategy"),
+    "parallel.dp_shard": ("dp_shard_size", "data_parallel_shard_degree"),
+    "parallel.dp_replicate": ("dp_replicate_size", "data_parallel_replicate_degree"),
+    "parallel.tp": ("tensor_parallel_size", "tensor_parallel_degree"),
+    "parallel.pp": ("pipeline_parallel_size", "pipeline_parallel_degree"),
+    "parallel.cp": ("context_parallel_size", "context_parallel_degree"),
+    "parallel.ep": ("expert_parallel_size", "expert_parallel_degree"),
+    "offload.params": ("offload_params", "fsdp_cpu_offload", "fsdp_offload_params"),
+    "load.ram_efficient": ("cpu_ram_efficient_loading", "fsdp_cpu_ram_efficient_loading"),
+    "data.text": ("dataset_text_field",),
+    "train.max_steps": ("max_steps",),
+    "train.learning_rate": ("learning_rate", "lr", "train.lr"),
+    "train.warmup_steps": ("warmup_steps",),
+    "train.schedule": ("lr_scheduler_type", "lr_scheduler", "train.lr_scheduler_type"),
+    "train.weight_decay": ("weight_decay",),
+    "train.max_grad_norm": ("max_grad_norm", "gradient_clipping"),
+    "train.save_every": ("save_steps", "train.save_steps"),
+    "train.output_dir": ("output_dir",),
+    "train.seed": ("seed",),
+}  # fmt: skip
+
+ALIASES: dict[str, Alias] = {
+    **{name: Alias(field) for field, names in _SAME.items() for name in names},
+    "load_in_4bit": Alias("method", {"true": "qlora", "false": Not("qlora")}),
+    "quantization_bit": Alias("method", {"4": "qlora", "null": Not("qlora")}),
+    "adapter": Alias("method", {"lora": "lora", "qlora": "qlora", "null": "full"}),
+    "finetuning_type": Alias("method", {"full": "full", "lora": Not("full")}),
+    "bf16": Alias("autocast", {"true": "bfloat16", "false": Not("bfloat16")}),
+    "fp16": Alias("autocast", {"true": "float16", "false": Not("float16")}),
+    "mixed_precision": Alias("autocast", {"bf16": "bfloat16", "fp16": "float16", "no": None}),
+    "flash_attention": Alias("attention", {"true": "flash_attention_2", "false": Not("flash_attention_2")}),
+    "lora_target_linear": Alias("lora.target_modules", {"true": "all-linear", "false": Not("all-linear")}),
+}
+"""Other tools' names. That of a section's field is also known inside the section: `train: {lr: 1.0e-4}`."""
+
+_GLOBAL_BATCH = (
+    "set `micro_batch_size` and `gradient_accumulation_steps`; the global batch is their product times the "
+    "data-parallel degrees"
+)
+_EIGHT_BIT = "memplan plans a 4-bit base (`method: qlora`) or a 16-bit one (`method: lora`)"
+_STEPS = "memplan counts optimizer steps: set `train.max_steps`"
+_STRATEGY = "set `parallel.strategy`, `parallel.dp_shard` and `offload` instead"
+_LIGER = "set `loss: fused` for Liger's head and loss; its other kernels are not planned"
+
+REMEDIES: dict[str, str] = {
+    "batch_size": "set `micro_batch_size`, the sequences per device in one forward pass",
+    "global_batch_size": _GLOBAL_BATCH,
+    "train_batch_size": _GLOBAL_BATCH,
+    "total_batch_size": _GLOBAL_BATCH,
+    "num_train_epochs": _STEPS,
+    "num_epochs": _STEPS,
+    "epochs": _STEPS,
+    "warmup_ratio": "set `train.warmup_steps`, in optimizer steps",
+    "load_in_8bit": _EIGHT_BIT,
+    "deepspeed": _STRATEGY,
+    "fsdp": _STRATEGY,
+    "fsdp_config": _STRATEGY,
+    "use_liger_kernel": _LIGER,
+    "enable_liger_kernel": _LIGER,
+    "bnb_4bit_compute_dtype": "4-bit layers compute in `dtype`, or in `autocast` where it is set",
+    "use_cache": "remove it: training never keeps a key-value cache",
+    "world_size": "set `parallel.dp_shard` and `parallel.dp_replicate`; their product is the number of GPUs",
+    "num_gpus": "set `parallel.dp_shard` and `parallel.dp_replicate`; their product is the number of GPUs",
+    "<<": "write the fields out; YAML merge keys are not read in a job",
+}
+"""Names of other tools that we know and do not take, with what to write instead."""
+
+_BOOL_WORDS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+
+
+def translate(key: str, value: Any) -> tuple[dict[str, Any], bool]:
+    """
+    What a written `key: value` sets, {field: value or `Not`}, and whether it was in another tool's words.
+
+    >>> translate("optim", "adamw_torch")
+    ({'optimizer': 'adamw', 'optimizer_kernel': 'foreach'}, True)
+
+    Raises:
+        KeyError: no field or alias is called that.
+        Invalid: the alias is known and the value is not.
+    """
+    field, words = _look_up(key)
+    renamed = field != key
+    if words is not None:
+        word = _word(value, words)
+        if word not in words:
+            known = listed([name for name in words if name != "null"])
+            raise Invalid(f"is `{shorten(value)}`", hint=f"write {known}, or set `{field}`")
+        return {field: words[word]}, True
+    translations = FIELD_WORDS.get(field, {})
+    word = _word(value, translations)
+    if word not in translations or value in (job_fields()[field].choices or ()):
+        return {field: value}, renamed
+    meant = translations[word]
+    return (dict(meant) if isinstance(meant, dict) else {field: meant}), True
+
+
+def _look_up(key: str) -> tuple[str, dict[str, Any] | None]:
+    if key in job_fields():
+        return key, None
+    if key in ALIASES:
+        return ALIASES[key]
+    section, _, rest = key.partition(".")
+    alias = ALIASES.get(rest)
+    if alias is None or not alias.field.startswith(f"{section}."):
+        raise KeyError(key)
+    return alias
+
+
+def _word(value: Any, words: dict[str, Any]) -> str | None:
+    if value is None:
+        return "null"
+    if isinstance(value, (list, tuple)):
+        return None
+    word = str(value).lower()
+    return word if word in words else _BOOL_WORDS.get(word, word)

@@ -1,0 +1,87 @@
+"""Hypothesis strategies for the contracts that rooms share. A new field of the job is drawn by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from memplan.job.fields import Field, job_fields
+from memplan.job.spec import Job
+
+_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "lm_head")
+
+
+def texts() -> st.SearchStrategy[str]:
+    """Any text that a field can hold: not blank, and not a spelling of null."""
+    return st.text(min_size=1, max_size=40).filter(
+        lambda text: bool(text.strip()) and text.lower() not in ("none", "null")
+    )
+
+
+@st.composite
+def jobs(draw: st.DrawFn, **fixed: Any) -> Job:
+    """
+    Jobs that are in order, over the whole range of every field.
+
+    Args:
+        fixed: values for fields that are not drawn, by dotted name: `jobs(model="gpt2", **{"lora.rank": 8})`.
+    """
+    drawn = {name: draw(_values(field)) for name, field in job_fields().items() if name not in fixed}
+    if not any(name.startswith("parallel.") for name in fixed):
+        drawn |= {f"parallel.{name}": value for name, value in draw(_parallel()).items()}
+    return Job(model="gpt2").replace(**drawn, **fixed)
+
+
+def _values(field: Field) -> st.SearchStrategy[Any]:
+    special = _SPECIAL.get(field.name)
+    values = special if special is not None else _values_of_kind(field, field.kinds[0])
+    return st.none() | values if field.nullable else values
+
+
+def _values_of_kind(field: Field, kind: str) -> st.SearchStrategy[Any]:
+    if field.choices:
+        return st.sampled_from([choice for choice in field.choices if choice is not None])
+    if kind == "bool":
+        return st.booleans()
+    if kind == "int":
+        return st.integers(min_value=int(field.minimum or 0), max_value=1 << 24)
+    if kind == "float":
+        return st.floats(
+            min_value=field.minimum,
+            max_value=field.below if field.below is not None else 1e9,
+            exclude_min=field.exclusive,
+            exclude_max=field.below is not None,
+        )
+    return texts()
+
+
+def _names(alphabet: st.SearchStrategy[str], **bounds: int) -> st.SearchStrategy[tuple[str, ...]]:
+    return st.lists(alphabet, unique=True, max_size=6, **bounds).map(tuple)
+
+
+_SPECIAL: dict[str, st.SearchStrategy[Any]] = {
+    "lora.target_modules": st.just("all-linear")
+    | _names(st.sampled_from(_MODULES) | texts().filter(lambda text: text != "all-linear"), min_size=1),
+    "npt.layers": st.sampled_from(("all", "upper_half", "lower_half"))
+    | st.lists(st.integers(0, 200), unique=True, min_size=1, max_size=6).map(tuple),
+    "quantization.skip": _names(st.sampled_from(_MODULES) | texts()),
+    "gpu": st.sampled_from(("24GB", "24GiB", "live", "RTX 4090", "NVIDIA H100 80GB HBM3")) | texts(),
+    "margin": st.sampled_from(("5%", "0%", "12.5 %", "1GiB", "512 MiB", "0")),
+    "allocator.roundup_power2_divisions": st.sampled_from((1, 2, 4, 8, 16)),
+    **{f"parallel.{degree}": st.just(1) for degree in ("dp_shard", "dp_replicate", "tp", "pp", "cp", "ep")},
+    "parallel.strategy": st.just("NO_SHARD"),
+}
+
+
+@st.composite
+def _parallel(draw: st.DrawFn) -> dict[str, Any]:
+    """A strategy, and degrees that go with it."""
+    strategy = draw(st.sampled_from(job_fields()["parallel.strategy"].choices))
+    shards = strategy != "NO_SHARD"
+    replicates = strategy in ("NO_SHARD", "HYBRID_SHARD")
+    return {
+        "strategy": strategy,
+        "dp_shard": draw(st.integers(2, 64)) if shards else 1,
+        "dp_replicate": draw(st.integers(2 if shards else 1, 64)) if replicates else 1,
+    }
