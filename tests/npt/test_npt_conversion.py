@@ -58,7 +58,7 @@ def test_a_model_on_meta_can_be_converted():
 
 
 def test_blocks_of_other_formulas_are_unknown_models():
-    """Granite's blocks have the submodules of Llama's, but scale their residuals: the formula would be wrong."""
+    """Granite's blocks have the submodules of Llama's, but scale their residuals: it would be wrong."""
     config = transformers.GraniteConfig(
         vocab_size=64,
         hidden_size=32,
@@ -188,7 +188,7 @@ def test_adapters_on_the_base_are_respected():
 
 
 def test_a_4bit_base_trains(tmp_path):
-    """NF4 weights have another shape than their layer; loss and gradients are those of the dequantised base."""
+    """NF4 weights have another shape than their layer; all is as on the dequantised base."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     tiny(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     quantization = transformers.BitsAndBytesConfig(

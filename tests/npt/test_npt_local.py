@@ -33,8 +33,8 @@ def local_step(model, blocks, ids=None, **settings):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_those_of_a_recorded_teacher(family):
     """
-    float64: backward inside the layers = one backward of the summed loss = that of a loss built from the recorded
-    inputs, attention outputs and outputs of a second, untouched model.
+    float64: backward inside the layers = one backward of the summed loss = that of a loss built from what a
+    second, untouched model recorded: inputs, attention outputs and outputs of its blocks.
     """
     model = tiny(family).double()
     teacher = copy.deepcopy(model)
@@ -104,7 +104,7 @@ def test_streams_differ_in_what_later_blocks_see():
 
 
 def test_metrics_mean_what_they_say():
-    """With B = 0 the branch is MLP(LN2(h)): loss and relative error by hand, delta_norm 0; nothing kept alive."""
+    """With B = 0 the branch is MLP(LN2(h)): loss and relative error by hand, delta_norm 0; no graph held."""
     model = tiny()
     block = convert(model, Npt(layers=(1,), rank=5))[0]
     seen = {}
@@ -180,6 +180,18 @@ def test_padding_changes_neither_loss_nor_gradients(family, side):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
         size = expected_gradients.abs().max().item()
         torch.testing.assert_close(gradients(blocks), expected_gradients, rtol=1e-3, atol=1e-5 * size)
+
+
+def test_a_mask_holds_until_the_next_call():
+    """`set_mode` without a mask counts every token again, and without a scale scales by one."""
+    model = tiny()
+    blocks = convert(model, NPT)
+    excite(blocks)
+    expected = local_step(model, blocks)
+    mask = torch.ones(2, 11)
+    mask[0, 3:] = 0
+    assert not torch.allclose(expected, local_step(model, blocks, token_mask=mask, loss_scale=8.0))
+    assert torch.equal(expected, local_step(model, blocks))
 
 
 def test_a_mask_of_another_batch_is_an_error():
@@ -258,7 +270,7 @@ def test_only_one_block_has_a_graph_at_a_time():
 
 
 def test_peak_memory_of_a_gated_block():
-    """Four N f (pre, act, up, product), four N d (a, x, target, out) and small ones, as the module lists them."""
+    """Four N f (pre, act, up, product), four N d (a, x, target, out) and small ones, as its module lists."""
     d, f, r, num_tokens = 32, 448, 2, 96
     model = tiny(num_layers=1, intermediate_size=f)
     block = convert(model, Npt(layers="all", rank=r))[0]
@@ -313,13 +325,16 @@ def test_float16_training_does_not_overflow_where_squares_would():
 
 
 def test_local_training_under_autocast():
-    """A float32 base under bfloat16 autocast: backward inside the autocast region gives float32 gradients."""
+    """A float32 base under bfloat16 autocast: backward runs outside it and gives float32 gradients."""
     model = tiny("llama")
     blocks = convert(model, NPT)
     excite(blocks)
     expected = local_step(model, blocks)
+    in_autocast = []
+    blocks[0].np.A.register_hook(lambda grad: in_autocast.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = local_step(model, blocks)
+    assert [False] == in_autocast
     assert torch.float32 == actual.dtype
     assert torch.nn.functional.cosine_similarity(actual, expected, dim=0) > 0.99
     set_mode(model, "npt")

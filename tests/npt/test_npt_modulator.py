@@ -6,6 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from npt_models import LiveStorages  # noqa: E402
+
 from memplan.npt.loss import EquivalenceLoss  # noqa: E402
 from memplan.npt.modulator import DiagonalModulator  # noqa: E402
 
@@ -116,6 +118,8 @@ def test_the_equivalence_loss_of_float16_neither_overflows_nor_loses_the_scale()
     loss = EquivalenceLoss.apply(output, torch.zeros_like(output), None, 10**9)
     assert torch.float32 == loss.dtype
     assert 32e6 / 1e9 == pytest.approx(loss.item())
-    (loss * 1024.0).backward()
+    with LiveStorages([output]) as storages:
+        (loss * 1024.0).backward()
+    assert ("float32", (1, 4, 8)) in {event[2:4] for event in storages.events}, "scaled in float32"
     assert torch.float16 == output.grad.dtype
     assert 2 * 1000.0 * 1024.0 / 1e9 == pytest.approx(output.grad[0, 0, 0].item(), rel=1e-3)

@@ -202,6 +202,7 @@ class NptBlock(nn.Module):
         self.npt_metrics = BlockMetrics(equivalence.detach(), target_mean_square, delta_norm.detach())
         self.npt_loss = loss if controls.backward == "later" else None
         if controls.backward == "now" and self.np.A.requires_grad:
+            # Autocast is for forward passes: it would widen what backward computes in 16 bits.
             with torch.autocast(h.device.type, enabled=False):
                 scaled_loss.backward()
         return out
