@@ -60,7 +60,7 @@ def estimate(
         budget=phases[worst].budget,
         phases=_merge(phases),
         top=_top(states[worst], expansion),
-        host=host_memory(job, architecture, expansion),
+        host=host_memory(job, architecture),
         parameters=parameters,
         timeline=timeline(tape),
         warnings=_warnings(job, context),

@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from heapq import heappop, heappush
 from math import prod
 from sys import getrefcount
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memplan.tape.sharding import Units
 
 ITEMSIZE = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1,
@@ -60,9 +63,14 @@ class Tensor:
 
 
 class Parameter(Tensor):
-    """A leaf. Trainable ones collect their gradient in `grad`; both know the block (`layer`) they belong to."""
+    """
+    A leaf. Trainable ones collect their gradient in `grad`; all know the block (`layer`) they belong to.
 
-    __slots__ = ("grad", "layer", "name")
+    Shape and dtype are those the model computes with. A sharded parameter keeps `local_shape` of it in
+    `stored_dtype`, and its reduced gradient in `sharded_grad`.
+    """
+
+    __slots__ = ("grad", "layer", "local_shape", "name", "sharded_grad", "stored_dtype")
 
     def __init__(
         self, name: str, shape: Shape, dtype: str, storage: Storage, layer: int | None, trainable: bool
@@ -71,6 +79,9 @@ class Parameter(Tensor):
         self.name = name
         self.layer = layer
         self.grad: Tensor | None = None
+        self.sharded_grad: Tensor | None = None
+        self.local_shape = shape
+        self.stored_dtype = dtype
         self.needs_grad = trainable
 
 
@@ -202,6 +213,7 @@ class Graph:
         self.workspace_bytes = 0
         self.persistent: list[Any] = []
         self.in_backward = False
+        self.units: Units | None = None
 
     # -- stretches -----------------------------------------------------------------------------------------
 
@@ -352,8 +364,16 @@ class Graph:
             root: {0: self.new((), loss.dtype, "grad of loss")}
         }
         ready = [(-root.sequence, 0, root)]
+        visited: int | None = root.layer
+        if self.units is not None:
+            self.units.visit_backward(visited)
         while ready:
             node = heappop(ready)[2]
+            if self.units is not None and node.layer != visited:
+                self.units.leave_backward(visited)
+                visited = node.layer
+                self.enter(visited)
+                self.units.visit_backward(visited)
             self.enter(node.layer)
             self.path, self.category = node.path, node.category
             outputs = self._run(node, buffers.pop(node))
@@ -380,6 +400,10 @@ class Graph:
                 if not dependencies[target]:
                     heappush(ready, (-target.sequence, 0, target))
             node.edges = []
+        if self.units is not None:
+            self.units.leave_backward(visited)
+            self.enter(None)
+            self.units.end_backward()
         self.in_backward = False
         self.path, self.category, self.grad_enabled = outer_path, outer_category, outer_grad
         self.enter(outer_layer)

@@ -8,11 +8,13 @@ the method adds. Only the blocks asked for are built (repeat.py), each under its
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
-from memplan.tape.engine import Graph, Parameter, Storage, Tensor
+from memplan.tape.engine import ITEMSIZE, Graph, Parameter, Storage, Tensor
 from memplan.tape.linear import Adapter, Linear, packed_sizes
+from memplan.tape.sharding import Part, Units, layout, shard_shape
 
 
 @dataclass
@@ -117,8 +119,11 @@ def targets(job: Job, path: str) -> bool:
 class Builder:
     """Allocates a model for a job in a graph."""
 
-    def __init__(self, g: Graph, job: Job, architecture: Architecture) -> None:
+    def __init__(self, g: Graph, job: Job, architecture: Architecture, layers: list[int]) -> None:
         self.g = g
+        self.layers = layers
+        self.layout = layout(job)
+        self.units = Units(g, self.layout, layers)
         self.job = job
         self.architecture = architecture
         self.full = job.method == "full"
@@ -137,13 +142,25 @@ class Builder:
         trainable: bool | None = None,
         category: str = "weights",
     ) -> Parameter:
-        g = self.g
-        dtype = dtype or self.job.dtype
-        tensor = g.new(shape, dtype, name, category)
-        assert tensor.storage is not None
-        parameter = Parameter(
-            name, shape, dtype, tensor.storage, layer, self.full if trainable is None else trainable
-        )
+        g, cut = self.g, self.layout.parameters
+        stored = dtype or self.job.dtype
+        trains = self.full if trainable is None else trainable
+        local = shard_shape(shape, cut)
+        if self.layout.params_on_host:
+            storage = Storage([], 0)  # in host memory, not on the tape
+        else:
+            held = g.new(local, stored, name, category)
+            assert held.storage is not None
+            storage = held.storage
+        parameter = Parameter(name, shape, stored, storage, layer, trains)
+        if self.layout.gathers:
+            # MixedPrecisionPolicy: what is gathered has the dtype of the base.
+            parameter.dtype = self.job.dtype
+            self.units.parts.setdefault(layer, []).append(Part(name, shape, parameter.dtype))
+        if trains:
+            self.units.trainable.setdefault(layer, []).append(parameter)
+        parameter.local_shape = shard_shape(shape, self.layout.optimizer)
+        parameter.stored_dtype = stored
         if category == "weights":
             self.upcast.append(parameter)
         return parameter
@@ -168,14 +185,14 @@ class Builder:
             double_quant=job.quantization.double_quant,
         )
         if quantized:
-            linear.held = self.pack(name, spec)
+            linear.held = self.pack(name, spec, layer)
         else:
             linear.weight = self.parameter(f"{name}.weight", shape, layer)
         if spec.bias:
             linear.bias = self.parameter(f"{name}.bias", (spec.out_features,), layer)
         return linear
 
-    def pack(self, name: str, spec: LinearSpec) -> list[Tensor]:
+    def pack(self, name: str, spec: LinearSpec, layer: int | None) -> list[Tensor]:
         """Quantise on the device: the 16-bit weight is there until its packed form is."""
         g = self.g
         weight = g.new(
@@ -185,16 +202,20 @@ class Builder:
             "workspace",
         )
         held = []
-        for part, num_bytes in packed_sizes(
-            spec.in_features * spec.out_features, self.job.quantization.double_quant
-        ).items():
-            category = "weights" if part == "packed weight" else "quant_state"
-            held.append(g.new((num_bytes,), "uint8", f"{name} {part}", category))
+        sizes = packed_sizes(spec.in_features * spec.out_features, self.job.quantization.double_quant)
+        for part, num_bytes in sizes.items():
+            packed = part == "packed weight"
+            if packed and self.layout.gathers:
+                self.units.parts.setdefault(layer, []).append(Part(name, (num_bytes,), "uint8"))
+                num_bytes = -(-num_bytes // self.layout.parameters)
+                if self.layout.params_on_host:
+                    continue
+            held.append(g.new((num_bytes,), "uint8", f"{name} {part}", "weights" if packed else "quant_state"))
         del weight
         return held
 
-    def build(self, layers: list[int], npt_layers: frozenset[int], checkpointed: frozenset[int]) -> Model:
-        g, architecture, job = self.g, self.architecture, self.job
+    def build(self, npt_layers: frozenset[int], checkpointed: frozenset[int]) -> Model:
+        g, architecture, job, layers = self.g, self.architecture, self.job, self.layers
         d = architecture.hidden_size
         g.begin("load")
         embedding_name = "wte" if self.gpt2 else "embed_tokens"
@@ -236,7 +257,23 @@ class Builder:
         self.attach_npt(model, npt_layers)
         if self.full:
             model.trainable = _in_module_order(model)
+        if self.layout.gathers or self.layout.gradients > 1:
+            g.units = self.units
+        self.make_buckets(model)
         return model
+
+    def make_buckets(self, model: Model) -> None:
+        """DDP's buckets: as many bytes as the gradients; here one per block, there 25 MiB each."""
+        if self.layout.replicas == 1:
+            return
+        g = self.g
+        g.begin("buckets")
+        for layer in [None, *self.layers]:
+            g.enter(layer)
+            sizes = [prod(item.shape) * ITEMSIZE[item.dtype] for item in model.trainable if item.layer == layer]
+            if sizes:
+                model.kept.append(g.storage(sum(sizes), "gradient bucket", category="comm"))
+        g.enter(None)
 
     def prepare_kbit(self, model: Model) -> None:
         """peft's prepare_model_for_kbit_training: every parameter that is not packed becomes float32, one by one."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from math import prod
 
 from memplan.job.spec import Job
-from memplan.tape.engine import Graph, Parameter, Storage, Tensor
+from memplan.tape.engine import Graph, Parameter, Tensor
+from memplan.tape.sharding import layout
 
 SMALL_8BIT_ELEMENTS = 4096
 """bitsandbytes keeps float32 states for tensors below this."""
@@ -27,14 +28,16 @@ class OptimizerProgram:
         self.job = job
         self.parameters = parameters
         self.num_elements = num_elements
-        self.states: list[Tensor | Storage] = []
-        self.host_bytes = 0
+        self.states: list[Tensor] = []
+        self.on_host = layout(job).optimizer_on_host
 
     def step(self, number: int) -> None:
         """Step `number` (from 1): states on the first, then the update."""
         g = self.g
         if self.job.train.max_grad_norm is not None:
             self._clip(number)
+        if self.on_host:
+            return
         outer, g.path = g.path, "optimizer"
         if number == 1:
             g.begin("optimizer_states")
@@ -54,7 +57,7 @@ class OptimizerProgram:
         g.begin(f"zero_grad {number}")
         for parameter in self.parameters:
             g.enter(parameter.layer)
-            parameter.grad = None
+            parameter.grad = parameter.sharded_grad = None
         g.enter(None)
 
     # -- states --------------------------------------------------------------------------------------------
@@ -63,7 +66,7 @@ class OptimizerProgram:
         self.states.append(self.g.new(shape, dtype, f"{parameter.name} {name}", "optimizer"))
 
     def _create(self, parameter: Parameter) -> None:
-        name, shape, dtype = self.job.optimizer, parameter.shape, parameter.dtype
+        name, shape, dtype = self.job.optimizer, parameter.local_shape, parameter.stored_dtype
         count = prod(shape)
         if name == "adamw":
             if self.job.optimizer_kernel == "fused":
@@ -86,10 +89,8 @@ class OptimizerProgram:
         eight_bit = "8bit" in self.job.optimizer and count >= SMALL_8BIT_ELEMENTS
         paged = self.job.optimizer.startswith("paged") and count >= SMALL_PAGED_ELEMENTS
         for state in ("state1", "state2"):
-            if paged:
-                self.host_bytes += count * (1 if eight_bit else 4)
-            else:
-                self._state(parameter, state, parameter.shape, "uint8" if eight_bit else "float32")
+            if not paged:
+                self._state(parameter, state, parameter.local_shape, "uint8" if eight_bit else "float32")
         if eight_bit:
             for state in ("absmax1", "absmax2"):
                 self._state(parameter, state, (-(-count // 256),), "float32")
@@ -108,14 +109,14 @@ class OptimizerProgram:
     def _update_foreach(self, number: int) -> None:
         """_multi_tensor_adam: one more tensor per parameter, for all parameters of a dtype at once."""
         g = self.g
-        for dtype in dict.fromkeys(parameter.dtype for parameter in self.parameters):
-            group = [parameter for parameter in self.parameters if parameter.dtype == dtype]
+        for dtype in dict.fromkeys(parameter.stored_dtype for parameter in self.parameters):
+            group = [parameter for parameter in self.parameters if parameter.stored_dtype == dtype]
             g.begin(f"foreach {dtype} {number}")
             roots = []
             for parameter in group:
                 g.enter(parameter.layer)
                 roots.append(
-                    g.new(parameter.shape, dtype, f"{parameter.name} sqrt of exp_avg_sq", "workspace")
+                    g.new(parameter.local_shape, dtype, f"{parameter.name} sqrt of exp_avg_sq", "workspace")
                 )
             g.begin(f"foreach {dtype} freed {number}")
             roots.reverse()
@@ -132,9 +133,9 @@ class OptimizerProgram:
         for parameter in self.parameters:
             g.enter(parameter.layer)
             root = g.new(
-                parameter.shape, parameter.dtype, f"{parameter.name} sqrt of exp_avg_sq", "workspace"
+                parameter.local_shape, parameter.stored_dtype, f"{parameter.name} sqrt of exp_avg_sq", "workspace"
             )
-            fresh = g.new(parameter.shape, parameter.dtype, f"{parameter.name} denominator", "workspace")
+            fresh = g.new(parameter.local_shape, parameter.stored_dtype, f"{parameter.name} denominator", "workspace")
             del root
             denominator, fresh = fresh, None
         g.enter(None)
@@ -150,7 +151,7 @@ class OptimizerProgram:
         update = None
         for parameter in self.parameters:
             g.enter(parameter.layer)
-            fresh = g.new(parameter.shape, parameter.dtype, f"{parameter.name} update", "workspace")
+            fresh = g.new(parameter.local_shape, parameter.stored_dtype, f"{parameter.name} update", "workspace")
             update, fresh = fresh, None
         g.enter(None)
         del update
@@ -159,7 +160,7 @@ class OptimizerProgram:
         """clip_grad_norm_: a scalar per gradient, and the kernel's partial sums."""
         g = self.g
         outer, g.category, g.path = g.category, "workspace", "clip_grad_norm_"
-        largest = max(prod(parameter.shape) for parameter in self.parameters)
+        largest = max(prod(parameter.local_shape) for parameter in self.parameters)
         g.begin(f"clip {number}")
         partial = g.storage(
             self.num_elements * -(-largest // NORM_CHUNK_ELEMENTS) * 4, "partial sums of norms"
@@ -167,7 +168,7 @@ class OptimizerProgram:
         norms = []
         for parameter in self.parameters:
             g.enter(parameter.layer)
-            norms.append(g.new((), parameter.dtype, f"{parameter.name} norm of grad"))
+            norms.append(g.new((), parameter.stored_dtype, f"{parameter.name} norm of grad"))
         g.begin(f"clip freed {number}")
         del partial
         norms.reverse()

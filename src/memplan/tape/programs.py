@@ -6,9 +6,10 @@ order, same local variables, so that what they hold is held as long.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 from memplan.tape.attention import attention, rotary
-from memplan.tape.engine import CheckpointFrame, Graph, Parameter, Tensor
+from memplan.tape.engine import ITEMSIZE, CheckpointFrame, Graph, Parameter, Tensor
 from memplan.tape.linear import linear
 from memplan.tape.model import Block, Model
 from memplan.tape.ops import (
@@ -35,10 +36,19 @@ from memplan.tape.ops import (
 class Settings:
     """What the programs need to know of the job."""
 
-    def __init__(self, attention: str, use_cache: bool = False, input_gradients: bool = False) -> None:
+    def __init__(
+        self,
+        attention: str,
+        *,
+        use_cache: bool = False,
+        input_gradients: bool = False,
+        offload_inputs: bool = False,
+    ) -> None:
         self.attention = attention
         self.use_cache = use_cache
         self.input_gradients = input_gradients
+        self.offload_inputs = offload_inputs
+        self.host_bytes = 0
         self.cache: list[tuple[int, Tensor]] = []
         self.npt_block: Callable[[Block, Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
         """Runs a converted block, given its attention."""
@@ -51,27 +61,48 @@ def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Tensor:
     return _llama_decoder(g, model, ids, settings)
 
 
-def run_blocks(g: Graph, model: Model, hidden: Tensor, run: Callable[[Block, Tensor], Tensor]) -> Tensor:
+def run_blocks(
+    g: Graph, model: Model, hidden: Tensor, settings: Settings, run: Callable[[Block, Tensor], Tensor]
+) -> Tensor:
     """The blocks one after the other; a checkpointed one keeps its input only."""
     base = g.path
     for block in model.blocks:
         g.enter(block.layer)
         g.path = f"{base}.{{layer}}"
+        if g.units is not None:
+            g.units.before_forward(block.layer)
         if block.checkpointed and g.grad_enabled:
-            hidden = _checkpointed(g, block, hidden, run)
+            hidden = _checkpointed(g, block, hidden, run, settings)
         else:
             hidden = run(block, hidden)
+        if g.units is not None:
+            g.units.after_forward(block.layer)
     g.path = base
     g.enter(None)
     return hidden
 
 
-def _checkpointed(g: Graph, block: Block, hidden: Tensor, run: Callable[[Block, Tensor], Tensor]) -> Tensor:
+def _checkpointed(
+    g: Graph, block: Block, hidden: Tensor, run: Callable[[Block, Tensor], Tensor], settings: Settings
+) -> Tensor:
     path = g.path
+    if settings.offload_inputs:
+        # The input goes to the host and comes back for the recomputation.
+        settings.host_bytes += prod(hidden.shape) * ITEMSIZE[hidden.dtype]
+        shape, dtype, node, slot, needs_grad = (
+            hidden.shape, hidden.dtype, hidden.node, hidden.slot, hidden.needs_grad,
+        )  # fmt: skip
 
-    def rerun() -> None:
-        g.path = path
-        run(block, hidden)
+        def rerun() -> None:
+            g.path = path
+            fetched = g.new(shape, dtype, "input fetched from the host")
+            fetched.node, fetched.slot, fetched.needs_grad = node, slot, needs_grad
+            run(block, fetched)
+    else:
+
+        def rerun() -> None:
+            g.path = path
+            run(block, hidden)
 
     frame = CheckpointFrame(g, rerun)
     outer, g.save_hook = g.save_hook, frame.pack
@@ -106,8 +137,7 @@ def _llama_decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> T
         hidden = inputs_embeds
         cos, sin = _rotary_embedding(g, length, architecture.head_dim, hidden.dtype)
         with g.module("layers"):
-            hidden = run_blocks(
-                g, model, hidden, lambda block, x: _llama_block(g, model, block, x, cos, sin, mask, settings)
+            hidden = run_blocks(g, model, hidden, settings, lambda block, x: _llama_block(g, model, block, x, cos, sin, mask, settings)
             )
         with g.module("norm"):
             hidden = rms_norm(g, hidden, model.final_norm["weight"])
@@ -271,8 +301,7 @@ def _gpt2_decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Te
         mask = causal_mask(g, ids.shape, hidden.dtype) if settings.attention == "eager" else None
         hidden = dropout(g, hidden, architecture.embedding_dropout)
         with g.module("h"):
-            hidden = run_blocks(
-                g, model, hidden, lambda block, x: _gpt2_block(g, model, block, x, mask, settings)
+            hidden = run_blocks(g, model, hidden, settings, lambda block, x: _gpt2_block(g, model, block, x, mask, settings)
             )
         with g.module("ln_f"):
             hidden = layer_norm(g, hidden, model.final_norm["weight"], model.final_norm["bias"])

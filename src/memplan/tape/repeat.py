@@ -101,9 +101,7 @@ class Expansion:
         events: list[int],
         marks: list[tuple[int, str, int]],
         selection: Selection,
-        host: dict[str, int] | None = None,
     ) -> None:
-        self.host = host or {}
         self.graph = graph
         self.layers = selection.layers
         self.periods = selection.periods

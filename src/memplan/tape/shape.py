@@ -69,8 +69,6 @@ class Recording:
     marks: list[tuple[int, str, int]] = field(default_factory=list)
     layers: tuple[int, ...] = ()
     num_trainable: int = 0
-    host: dict[str, int] = field(default_factory=dict)
-    """Bytes in host memory, by category."""
 
     def mark(self, phase: str, step: int) -> None:
         self.marks.append((len(self.graph.events), phase, step))
@@ -98,8 +96,8 @@ def record(
     g.autocast = job.autocast
     recording = Recording(g, layers=tuple(layers))
     recording.mark("load", 0)
-    model = Builder(g, job, architecture).build(
-        layers, npt_layers(job, architecture), checkpointed_layers(job, architecture)
+    model = Builder(g, job, architecture, layers).build(
+        npt_layers(job, architecture), checkpointed_layers(job, architecture)
     )
     recording.num_trainable = len(model.trainable)
     optimizer = OptimizerProgram(g, job, model.trainable, _num_trainable(model, architecture, layers))
@@ -144,7 +142,12 @@ class Loop:
         self.model = model
         self.behaviour = behaviour
         self.recording = recording
-        self.settings = Settings(job.attention, behaviour.use_cache, behaviour.input_gradients)
+        self.settings = Settings(
+            job.attention,
+            use_cache=behaviour.use_cache,
+            input_gradients=behaviour.input_gradients,
+            offload_inputs=job.activation_offload,
+        )
         self.batch: tuple[Tensor, Tensor] | None = None
         self.output: Tensor | None = None
         self.held_cache: list[tuple[int, Tensor]] = []

@@ -46,4 +46,4 @@ def _expand(
     recording = record(
         job, architecture, list(selection.layers), num_steps=num_steps, device=device, behaviour=behaviour
     )
-    return Expansion(recording.graph, recording.events, recording.marks, selection, recording.host)
+    return Expansion(recording.graph, recording.events, recording.marks, selection)
