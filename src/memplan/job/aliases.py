@@ -143,6 +143,8 @@ REMEDIES: dict[str, str] = {
     "global_batch_size": _GLOBAL_BATCH,
     "train_batch_size": _GLOBAL_BATCH,
     "total_batch_size": _GLOBAL_BATCH,
+    "per_device_eval_batch_size": "remove it: evaluation runs with `micro_batch_size`",
+    "eval_batch_size": "remove it: evaluation runs with `micro_batch_size`",
     "num_train_epochs": _STEPS,
     "num_epochs": _STEPS,
     "epochs": _STEPS,
@@ -181,7 +183,7 @@ def translate(key: str, value: Any) -> tuple[dict[str, Any], bool]:
         word = _word(value, words)
         if word not in words:
             known = listed([name for name in words if name != "null"])
-            raise Invalid(f"is `{shorten(value)}`", hint=f"write {known}, or set `{field}`")
+            raise Invalid(f"cannot be `{shorten(value)}`", hint=f"write {known}, or set `{field}`")
         return {field: words[word]}, True
     translations = FIELD_WORDS.get(field, {})
     word = _word(value, translations)

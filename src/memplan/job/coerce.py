@@ -115,7 +115,9 @@ def _check_choice(field: Field, value: Any) -> None:
     if field.choices and value not in field.choices:
         words = [choice for choice in field.choices if choice is not None]
         null = " or null" if field.nullable else ""
-        raise Invalid(f"is `{shorten(value)}`", hint=f"choose {listed(words)}{null}{_likely(value, words)}")
+        raise Invalid(
+            f"cannot be `{shorten(value)}`", hint=f"{_likely(value, words)}choose {listed(words)}{null}"
+        )
 
 
 def _check_bounds(field: Field, value: Any) -> None:
@@ -152,4 +154,4 @@ def _likely(value: str, words: list[str]) -> str:
 
     folded = {word.lower(): word for word in words}
     close = difflib.get_close_matches(value.lower(), folded, n=1, cutoff=0.6)
-    return f"; did you mean `{folded[close[0]]}`?" if close else ""
+    return f"did you mean `{folded[close[0]]}`? If not, " if close else ""

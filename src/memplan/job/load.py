@@ -136,7 +136,8 @@ class _Reader:
         key, equals, text = override.partition("=")
         where = f"`--set {shorten(override)}`"
         if not equals or not key.strip():
-            self._problems.append(Problem(where, "has no `field=value`", "write e.g. `--set lora.rank=8`"))
+            message = f"`{shorten(override)}` is not of the form `field=value`"
+            self._problems.append(Problem(where, message, "write e.g. `--set lora.rank=8`"))
             return
         try:
             value = parse_yaml(text, where)

@@ -18,7 +18,7 @@ def unknown_field_hint(key: str) -> str:
     section = key.split(".")[0]
     if section in job_sections():
         return section_hint(section)
-    return "remove it; `memplan schema` lists every field"
+    return "remove it, or find its name here: `memplan schema` lists every field"
 
 
 def section_hint(section: str) -> str:
