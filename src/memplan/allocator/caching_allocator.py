@@ -1,0 +1,263 @@
+"""
+A simulation of PyTorch's CUDA caching allocator: which bytes are handed out, which are held from the driver.
+
+The rules are those of `DeviceCachingAllocator` in `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13, for one
+device without CUDA graphs, private pools or `record_stream`:
+
+* requests are rounded up to 512 B, or to a fraction of a power of two (`roundup_power2_divisions`);
+* requests up to 1 MiB live in the small pool, larger ones in the large pool; each stream has its own of both;
+* the smallest cached block that is large enough is taken, the lowest address among equals; what is left over
+  stays cached if it is at least 512 B (small pool, expandable segments) or more than 1 MiB (large pool);
+* without such a block, memory is taken from the driver: 2 MiB for the small pool, 20 MiB for requests below
+  10 MiB, else the request rounded up to 2 MiB. Expandable segments instead map pages of 2 MiB (small pool) or
+  20 MiB (large) at the lowest address where the request fits;
+* if the driver has none left, cached segments (or whole pages) go back to it and the request is tried again;
+* a freed block merges with free neighbours of its segment.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+
+from memplan.allocator.cache import Cache
+from memplan.allocator.segments import ADDRESS_BITS, BOUNDARY
+from memplan.allocator.sizes import MIN_BLOCK_BYTES, SMALL_REQUEST_BYTES, UNLIMITED, block_bytes
+from memplan.job.spec import AllocatorSettings
+
+
+class CachingAllocator(Cache):
+    """
+    The allocator of one device, empty at first.
+
+    `limit_bytes` is what the driver can give (None: without end). `allowed_bytes` is the cap that
+    `torch.cuda.set_per_process_memory_fraction` sets; `garbage_collection_threshold` is a fraction of it and,
+    as in PyTorch, has no effect without it, nor on expandable segments. `total_bytes` is the memory of the
+    device, of which an expandable segment reserves 9/8 as addresses.
+    """
+
+    def __init__(
+        self,
+        settings: AllocatorSettings,
+        *,
+        limit_bytes: int | None = None,
+        allowed_bytes: int | None = None,
+        total_bytes: int = 1 << 44,
+    ) -> None:
+        super().__init__(
+            settings, limit_bytes=limit_bytes, allowed_bytes=allowed_bytes, total_bytes=total_bytes
+        )
+        self.peak_allocated_bytes = 0
+        self.peak_allocated_storage = 0
+        """The storage whose allocation made the peak; 0 if none did since `reset_peaks`."""
+        self._live: dict[int, int] = {}
+        """Row of the block of each live storage; `BOUNDARY` if it has none."""
+
+    # Allocating and freeing
+
+    def malloc(self, storage: int, num_bytes: int, stream: int = 0) -> None:
+        """
+        Hand out `num_bytes` as `storage` (above 0 and not alive). Zero bytes take nothing.
+
+        Raises `AllocatorOutOfMemory` if neither the cache nor the driver has them after `release_cached`.
+        """
+        self.run((storage,), {storage: self.block_bytes(num_bytes)}, {storage: stream})
+
+    def free(self, storage: int) -> None:
+        """Take a storage back. KeyError if it is not alive."""
+        self.run((-storage,), {}, {})
+
+    def block_bytes(self, requested_bytes: int) -> int:
+        """Bytes of the block that a request needs under these settings."""
+        return block_bytes(requested_bytes, self.settings.roundup_power2_divisions)
+
+    def all_block_bytes(self, sizes: Iterable[int]) -> list[int]:
+        """`block_bytes` of every size."""
+        if self.settings.roundup_power2_divisions:
+            return [self.block_bytes(size) for size in sizes]
+        return [(size + (MIN_BLOCK_BYTES - 1)) & -MIN_BLOCK_BYTES for size in sizes]
+
+    def run(
+        self, events: Iterable[int], sizes: Sequence[int] | Mapping[int, int], streams: Mapping[int, int]
+    ) -> None:
+        """
+        Follow the events of a tape: `+i` allocates storage `i`, of `block_bytes` `sizes[i]`, on stream
+        `streams.get(i, 0)`; `-i` frees it.
+
+        Raises `AllocatorOutOfMemory`; the events before the one that failed have then taken place, and a run
+        may go on with that one once the limit is higher.
+        """
+        # An event costs less than a microsecond because the usual paths call and look up next to nothing.
+        live = self._live
+        blocks = self.blocks
+        address_of, size_of, key_of, mapped = blocks.address, blocks.size, blocks.key, blocks.mapped
+        previous_of, next_of, pool_of, spare = blocks.previous, blocks.next, blocks.pool, blocks.spare
+        pools = self.pools
+        small, large = self.pool(True, 0), self.pool(False, 0)
+        expandable = self.expandable
+        collects = self.collects
+        rare_rules = collects or self.max_split_bytes != UNLIMITED
+        split_below = UNLIMITED if expandable else self.max_split_bytes
+        allocated = self.allocated_bytes
+        peak = self.peak_allocated_bytes
+        try:
+            for event in events:
+                if event > 0:
+                    size = sizes[event]
+                    if not size:
+                        live[event] = BOUNDARY
+                        continue
+                    pool = small if size <= SMALL_REQUEST_BYTES else large
+                    if streams and event in streams:
+                        pool = self.pool(pool.small, streams[event])
+                    keys = pool.keys
+                    rows = pool.rows
+                    index = bisect_left(keys, size << ADDRESS_BITS)
+                    if index == len(keys) or rare_rules:
+                        self.allocated_bytes = allocated
+                        index = self.find(pool, index, size, event)
+                    elif expandable and index + 1 < len(keys) and not mapped[next_of[rows[index]]]:
+                        index = self.least_expandable(pool, index)
+                    block = rows[index]
+                    remainder = size_of[block] - size
+                    if remainder >= pool.min_remainder_bytes and size < split_below:
+                        rest = block
+                        block = spare.pop() if spare else blocks.new_row()
+                        address_of[block] = address = address_of[rest]
+                        size_of[block] = size
+                        pool_of[block] = pool.number
+                        previous_of[block] = neighbour = previous_of[rest]
+                        next_of[neighbour] = block
+                        next_of[block] = rest
+                        previous_of[rest] = block
+                        address_of[rest] = address = address + size
+                        size_of[rest] = remainder
+                        key_of[rest] = key = (remainder << ADDRESS_BITS) + address
+                        new_index = bisect_left(keys, key, 0, index)
+                        if new_index == index:
+                            keys[index] = key
+                        else:
+                            del keys[index], rows[index]
+                            keys.insert(new_index, key)
+                            rows.insert(new_index, rest)
+                        if collects:
+                            self.cached_since[rest] = self.num_searches
+                    else:
+                        del keys[index], rows[index]
+                        size = size_of[block]
+                        key_of[block] = 0
+                    live[event] = block
+                    allocated += size
+                    if allocated > peak:
+                        peak = allocated
+                        self.peak_allocated_storage = event
+                else:
+                    block = live.pop(-event)
+                    if block == BOUNDARY:
+                        continue
+                    pool = pools[pool_of[block]]
+                    keys = pool.keys
+                    rows = pool.rows
+                    size = size_of[block]
+                    allocated -= size
+                    neighbour = previous_of[block]
+                    key = key_of[neighbour]
+                    if key:
+                        index = bisect_left(keys, key)
+                        del keys[index], rows[index]
+                        key_of[neighbour] = 0
+                        spare.append(neighbour)
+                        size += size_of[neighbour]
+                        address_of[block] = address = address_of[neighbour]
+                        previous_of[block] = neighbour = previous_of[neighbour]
+                        next_of[neighbour] = block
+                    else:
+                        address = address_of[block]
+                    neighbour = next_of[block]
+                    key = key_of[neighbour]
+                    if key:
+                        index = bisect_left(keys, key)
+                        del keys[index], rows[index]
+                        key_of[neighbour] = 0
+                        spare.append(neighbour)
+                        size += size_of[neighbour]
+                        next_of[block] = neighbour = next_of[neighbour]
+                        previous_of[neighbour] = block
+                    size_of[block] = size
+                    key_of[block] = key = (size << ADDRESS_BITS) + address
+                    index = bisect_left(keys, key)
+                    keys.insert(index, key)
+                    rows.insert(index, block)
+                    if collects:
+                        self.cached_since[block] = self.num_searches
+        finally:
+            self.allocated_bytes = allocated
+            self.peak_allocated_bytes = peak
+
+    def reset_peaks(self) -> None:
+        """Peaks start again from what is held now."""
+        self.peak_allocated_bytes = self.allocated_bytes
+        self.peak_reserved_bytes = self.reserved_bytes
+        self.peak_allocated_storage = self.peak_reserved_storage = 0
+
+    # Looking at the state
+
+    def segments(self) -> list[list[tuple[int, int, str]]]:
+        """
+        Every segment, by address, as the (address, bytes, state) of its blocks in order; the state is `live`,
+        `cached` or, in expandable segments, `unmapped`.
+        """
+        blocks = self.blocks
+        rows = [row for row in self._live.values() if row != BOUNDARY]
+        for pool in self.pools:
+            rows += pool.rows + pool.unmapped
+        heads = sorted((blocks.address[row], row) for row in rows if blocks.previous[row] == BOUNDARY)
+        return [
+            [(blocks.address[row], blocks.size[row], self._state(row)) for row in self.rows_from(head)]
+            for _, head in heads
+        ]
+
+    def _state(self, row: int) -> str:
+        if not self.blocks.mapped[row]:
+            return "unmapped"
+        return "cached" if self.blocks.key[row] else "live"
+
+    def block_of(self, storage: int) -> tuple[int, int]:
+        """(address, bytes) of a live storage, (0, 0) if it has no bytes. KeyError if it is not alive."""
+        row = self._live[storage]
+        return self.blocks.address[row], self.blocks.size[row]
+
+    def clone(self) -> CachingAllocator:
+        """An allocator in the same state that shares nothing with this one, and that nobody watches."""
+        twin = CachingAllocator(
+            self.settings,
+            limit_bytes=self.limit_bytes,
+            allowed_bytes=self.allowed_bytes,
+            total_bytes=self.total_bytes,
+        )
+        for name in _COPIED:
+            setattr(twin, name, getattr(self, name))
+        twin.blocks = self.blocks.copy()
+        for pool in self.pools:
+            other = twin.pool(pool.small, pool.stream)
+            other.keys = pool.keys.copy()
+            other.rows = pool.rows.copy()
+            other.unmapped = pool.unmapped.copy()
+        twin._live = self._live.copy()
+        twin.cached_since = self.cached_since.copy()
+        return twin
+
+
+_COPIED = (
+    "allocated_bytes",
+    "reserved_bytes",
+    "most_reserved_bytes",
+    "least_refused_bytes",
+    "peak_allocated_bytes",
+    "peak_allocated_storage",
+    "peak_reserved_bytes",
+    "peak_reserved_storage",
+    "num_retries",
+    "num_searches",
+    "_next_address",
+)

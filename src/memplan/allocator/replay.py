@@ -1,0 +1,115 @@
+"""A tape through the allocator: peaks of allocated and reserved bytes, over all and for each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from memplan.allocator.cache import AllocatorOutOfMemory
+from memplan.allocator.caching_allocator import CachingAllocator
+from memplan.job.spec import AllocatorSettings
+from memplan.tape.tape import Mark
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """One phase of one step: from its mark to the next."""
+
+    mark: Mark
+    allocated_peak_bytes: int
+    allocated_peak_event: int
+    """The event after which this was reached; that before the first of the phase if it never rose in it."""
+    reserved_peak_bytes: int
+    reserved_bytes: int
+    """At the end of the phase."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """
+    What a tape takes. Allocated bytes are those of the blocks that storages live in, slack included
+    (`torch.cuda.memory_allocated`); reserved bytes those of the segments (`torch.cuda.memory_reserved`).
+    """
+
+    peak_allocated_bytes: int
+    peak_allocated_event: int
+    """Index of the first event after which the peak stood; -1 for a tape that allocates nothing."""
+    peak_reserved_bytes: int
+    peak_reserved_event: int
+    allocated_bytes: int
+    """At the end of the tape, as `reserved_bytes`."""
+    reserved_bytes: int
+    num_retries: int
+    """Requests for which the whole cache was given back; 0 without a limit."""
+    phases: tuple[PhasePeak, ...]
+    """One for each mark, in order."""
+
+
+def replay(
+    events: Sequence[int],
+    sizes: Sequence[int],
+    streams: Mapping[int, int],
+    settings: AllocatorSettings,
+    *,
+    limit_bytes: int | None = None,
+    marks: Sequence[Mark] = (),
+) -> Replay:
+    """
+    Run a tape (`Tape.events`, `sizes`, `streams`, `marks`) through an empty allocator, of which the driver
+    can give `limit_bytes` (None: without end).
+
+    Raises `AllocatorOutOfMemory`, with the index of the event, if the tape does not complete under the limit.
+    """
+    allocator = CachingAllocator(settings, limit_bytes=limit_bytes)
+    return follow(allocator, events, allocator.all_block_bytes(sizes), streams, marks)
+
+
+def follow(
+    allocator: CachingAllocator,
+    events: Sequence[int],
+    block_sizes: Sequence[int],
+    streams: Mapping[int, int],
+    marks: Sequence[Mark],
+) -> Replay:
+    """`replay` on an allocator at hand, with `block_sizes` in place of the bytes requested."""
+    peak_allocated = peak_reserved = 0
+    peak_allocated_event = peak_reserved_event = -1
+    phases = []
+    starts = [0, *(mark.event for mark in marks), len(events)]
+    for mark, start, stop in zip([None, *marks], starts, starts[1:]):
+        allocator.reset_peaks()
+        try:
+            allocator.run(events[start:stop], block_sizes, streams)
+        except AllocatorOutOfMemory as error:
+            error.event = events.index(error.storage, start)
+            raise
+        allocated_event = _event(events, allocator.peak_allocated_storage, start)
+        if allocator.peak_allocated_bytes > peak_allocated:
+            peak_allocated, peak_allocated_event = allocator.peak_allocated_bytes, allocated_event
+        if allocator.peak_reserved_bytes > peak_reserved:
+            peak_reserved = allocator.peak_reserved_bytes
+            peak_reserved_event = _event(events, allocator.peak_reserved_storage, start)
+        if mark is not None:
+            phases.append(
+                PhasePeak(
+                    mark=mark,
+                    allocated_peak_bytes=allocator.peak_allocated_bytes,
+                    allocated_peak_event=allocated_event,
+                    reserved_peak_bytes=allocator.peak_reserved_bytes,
+                    reserved_bytes=allocator.reserved_bytes,
+                )
+            )
+    return Replay(
+        peak_allocated_bytes=peak_allocated,
+        peak_allocated_event=peak_allocated_event,
+        peak_reserved_bytes=peak_reserved,
+        peak_reserved_event=peak_reserved_event,
+        allocated_bytes=allocator.allocated_bytes,
+        reserved_bytes=allocator.reserved_bytes,
+        num_retries=allocator.num_retries,
+        phases=tuple(phases),
+    )
+
+
+def _event(events: Sequence[int], storage: int, start: int) -> int:
+    return events.index(storage, start) if storage else start - 1
