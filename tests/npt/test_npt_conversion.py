@@ -41,7 +41,7 @@ def test_the_sizes_are_those_of_the_layers():
 
 
 def test_parameters_take_the_dtype_and_seed_asked_for():
-    """float32 on a bfloat16 base unless told otherwise; equal seeds give equal A on any base dtype."""
+    """float32 on a bfloat16 base unless told otherwise; a seed gives the same A on any base dtype."""
     first = convert(tiny().bfloat16(), Npt(layers="all", rank=5), seed=3)
     second = convert(tiny(), Npt(layers="all", rank=5), dtype=torch.bfloat16, seed=3)
     assert (torch.float32, torch.bfloat16) == (first[0].np.A.dtype, second[0].np.A.dtype)
@@ -49,12 +49,17 @@ def test_parameters_take_the_dtype_and_seed_asked_for():
     assert not torch.equal(first[0].np.A, first[1].np.A)
 
 
-def test_a_model_on_meta_can_be_converted():
-    """Planning converts models without memory: the new parameters are where the base is."""
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_on_meta_can_be_converted_and_traced(family):
+    """A model without memory takes a local step: parameters and gradients are where the base is, masks too."""
     with torch.device("meta"):
-        model = tiny()
-    block = convert(model, Npt(layers="all", rank=5))[0]
+        model = tiny(family)
+    block = convert(model, Npt(layers="all", rank=5), seed=0)[0]
     assert ("meta", "meta") == (block.np.A.device.type, block.np.B.device.type)
+    set_mode(model, "local", token_mask=torch.ones(2, 11))
+    with torch.no_grad():
+        model(token_ids().to("meta"))
+    assert ("meta", (32, 5)) == (block.np.A.grad.device.type, tuple(block.np.A.grad.shape))
 
 
 def test_blocks_of_other_formulas_are_unknown_models():

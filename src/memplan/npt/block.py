@@ -33,7 +33,7 @@ which the base computes. `local` allocates in this order, form `factored`; [ ] i
       [z]          z in float32                                                     N r       f32
       tanh         tanh(z)                                                          N r       f32  saved
       m            scale * tanh                                                     N r       f32  saved
-      R_F          four r r and three N r temporaries, N                                      f32  most saved
+      R_F          A^T A, B B^T and their product; m @ it and that * m; its sums    3 r r, 2 N r, N  f32  saved
       gate         first matrix of the MLP, of x                                    N f       c
       [A]          A in c: a second cast, so that A's gradients add in float32      d r       c
       v            x @ A                                                            N r       c    saved: v, x
@@ -50,8 +50,8 @@ which the base computes. `local` allocates in this order, form `factored`; [ ] i
     backward, at once; what was saved is freed as its operation is done
       g_y          error * coefficient, in float32 [, then in c]                    N d       f32, c
       g_product    g_y @ W_out                                                      N f       c
-      g_act        gated MLPs: g_product * up; GPT-2: two more N f                  N f       c
-      g_pre        derivative of act                                                N f       c
+      g_act        gated MLPs: g_product * up                                       N f       c
+      g_pre        derivative of act; GPT-2's gelu_new: seven N f alive at most     N f       c
       g_u, g_B     g_pre @ B^T, u^T @ g_pre [, each in float32]                     N r, r f  c, f32
       g_v, g_A     g_u * m, x^T @ g_v [, in float32]                                N r, d r  c, f32
       g_m, g_z     and the gradients of R_F by m, A and B                           N r, r f, d r
@@ -62,6 +62,7 @@ In mode `npt` under autograd, attention, gate and up have a graph too.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,8 +203,7 @@ class NptBlock(nn.Module):
         self.npt_metrics = BlockMetrics(equivalence.detach(), target_mean_square, delta_norm.detach())
         self.npt_loss = loss if controls.backward == "later" else None
         if controls.backward == "now" and self.np.A.requires_grad:
-            # Autocast is for forward passes: it would widen what backward computes in 16 bits.
-            with torch.autocast(h.device.type, enabled=False):
+            with _without_autocast(h.device.type):
                 scaled_loss.backward()
         return out
 
@@ -222,6 +222,13 @@ class NptBlock(nn.Module):
     def _mlp_out(self, pre: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The MLP after its first matrix: (B, S, f) and x (B, S, d) to (B, S, d)."""
         raise NotImplementedError
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast is for forward passes: it would widen what backward computes in 16 bits. Meta has none."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 class GatedBlock(NptBlock):
