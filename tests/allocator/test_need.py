@@ -1,0 +1,136 @@
+"""The smallest capacity at which a tape completes: by hand, against bisection, and what it costs to find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from transformer_tape import transformer_tape
+
+from memplan.allocator import (
+    AllocatorOutOfMemory,
+    CachingAllocator,
+    need,
+    replay,
+    replay_with_need,
+    smallest_capacity,
+    smallest_capacity_exact,
+)
+from memplan.job.spec import AllocatorSettings
+from memplan.tape.tape import Tape
+from memplan.units import MiB
+
+CLASSIC = AllocatorSettings(expandable_segments=False)
+EXPANDABLE = AllocatorSettings(expandable_segments=True)
+SETTINGS = {
+    "classic": CLASSIC,
+    "expandable": EXPANDABLE,
+    "max_split": AllocatorSettings(expandable_segments=False, max_split_size_mb=64),
+    "roundup": AllocatorSettings(expandable_segments=False, roundup_power2_divisions=8),
+}
+TAPES = {
+    "full": transformer_tape(),
+    "full_checkpointed": transformer_tape(checkpointing=True),
+    "full_foreach": transformer_tape(foreach=True),
+    "lora": transformer_tape(lora_rank=16),
+    "lora_checkpointed": transformer_tape(lora_rank=16, checkpointing=True, steps=(2048, 2048, 2048)),
+    "lora_varying": transformer_tape(lora_rank=16, steps=(1024, 2048, 1500, 1999)),
+    "full_varying": transformer_tape(checkpointing=True, num_layers=8, steps=(1024, 2048, 1500, 1999)),
+    "sharded": transformer_tape(sharded=True, checkpointing=True, num_layers=6),
+}
+
+
+def smallest(tape: Tape, settings: AllocatorSettings) -> int:
+    return smallest_capacity(tape.events, tape.sizes, tape.streams, settings)
+
+
+# By hand
+
+
+def test_cached_segments_are_given_back_so_that_need_is_below_the_reserved_peak():
+    """Unlimited, the freed segment of 30 MiB stays beside that of 40."""
+    unlimited, capacity = replay_with_need([1, -1, 2], [0, 30 * MiB, 40 * MiB], {}, CLASSIC)
+    assert (70 * MiB, 40 * MiB) == (unlimited.peak_reserved_bytes, capacity)
+
+
+def test_live_blocks_pin_their_segments_so_that_need_is_above_the_allocated_peak():
+    """5 MiB hold a segment, or page, of 20; the 16 beside them need one of their own, or a second page."""
+    events, sizes = [1, 2, -2, 3], [0, 5 * MiB, 9 * MiB, 16 * MiB]
+    unlimited, capacity = replay_with_need(events, sizes, {}, CLASSIC)
+    assert (21 * MiB, 36 * MiB) == (unlimited.peak_allocated_bytes, capacity)
+    unlimited, capacity = replay_with_need(events, sizes, {}, EXPANDABLE)
+    assert (21 * MiB, 40 * MiB) == (unlimited.peak_allocated_bytes, capacity)
+
+
+def test_the_need_of_nothing_is_nothing():
+    """Neither no events nor no bytes."""
+    assert 0 == smallest_capacity([], [0], {}, EXPANDABLE)
+    assert 0 == smallest_capacity([1, -1], [0, 0], {}, EXPANDABLE)
+    assert 0 == smallest_capacity_exact([], [0], {}, EXPANDABLE)
+
+
+def test_a_garbage_collection_threshold_changes_nothing():
+    """It acts only under a memory fraction, which a job does not set."""
+    tape = TAPES["lora_varying"]
+    collecting = AllocatorSettings(expandable_segments=False, garbage_collection_threshold=0.1)
+    assert smallest(tape, CLASSIC) == smallest(tape, collecting)
+
+
+# On training tapes
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("tape", TAPES)
+def test_a_training_tape_completes_at_its_need_and_bisection_finds_the_same_within_a_segment(tape, settings):
+    """And the replay that comes with it is the plain one."""
+    tape, settings = TAPES[tape], SETTINGS[settings]
+    unlimited, capacity = replay_with_need(tape.events, tape.sizes, tape.streams, settings, marks=tape.marks)
+    assert unlimited == replay(tape.events, tape.sizes, tape.streams, settings, marks=tape.marks)
+    replay(tape.events, tape.sizes, tape.streams, settings, limit_bytes=capacity)
+    exact = smallest_capacity_exact(tape.events, tape.sizes, tape.streams, settings)
+    assert abs(capacity - exact) <= 20 * MiB
+
+
+@pytest.mark.parametrize("settings", [CLASSIC, EXPANDABLE])
+def test_the_two_effort_limits_cost_accuracy_but_never_the_guarantee(settings, monkeypatch):
+    """Without climbing it bisects; without narrowing it keeps the first limit that is enough."""
+    tape = TAPES["full_varying"]
+    peak = replay(tape.events, tape.sizes, tape.streams, settings).peak_reserved_bytes
+    exact = smallest(tape, settings)
+    for effort in ("_MAX_CLIMB", "_MAX_NARROWING"):
+        with monkeypatch.context() as patch:
+            patch.setattr(need, effort, 0)
+            capacity = smallest(tape, settings)
+        assert exact <= capacity <= peak
+        replay(tape.events, tape.sizes, tape.streams, settings, limit_bytes=capacity)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("tape", TAPES)
+def test_the_search_costs_a_few_replays_at_most(tape, settings, monkeypatch):
+    """Counted in events that allocators follow: the unlimited replay, and at most 3.5 times as many."""
+    tape = TAPES[tape]
+    followed = 0
+    run = CachingAllocator.run
+
+    def counting(self, events, sizes, streams):
+        def counted() -> Iterator[int]:
+            nonlocal followed
+            for event in events:
+                followed += 1
+                yield event
+
+        run(self, counted(), sizes, streams)
+
+    monkeypatch.setattr(CachingAllocator, "run", counting)
+    smallest(tape, SETTINGS[settings])
+    assert len(tape.events) <= followed <= 4.5 * len(tape.events)
+
+
+def test_below_the_need_of_a_training_tape_the_replay_fails():
+    """At each of the 20 capacities just below; a lucky layout could let one pass, but not on this tape."""
+    tape = TAPES["full_checkpointed"]
+    capacity = smallest(tape, CLASSIC)
+    for limit in range(capacity - 40 * MiB, capacity, 2 * MiB):
+        with pytest.raises(AllocatorOutOfMemory):
+            replay(tape.events, tape.sizes, tape.streams, CLASSIC, limit_bytes=limit)
