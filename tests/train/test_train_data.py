@@ -65,7 +65,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, message:
 
 
 def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
-    """A path that is missing, a kind that is unknown, an empty folder and bytes that are no UTF-8 are refused."""
+    """A missing path, an unknown kind, an empty folder and bytes that are no UTF-8 are refused."""
     (tmp_path / "data.parquet").write_text("x")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty").mkdir()
@@ -109,8 +109,8 @@ def test_rows_are_truncated_and_texts_are_cut() -> None:
 
     samples = build_samples(documents, _encode, max_seq_len=3, packing=False)
 
-    assert ["abc", "hi", "klm", "nop"] == ["".join(map(chr, samples[index])) for index in range(len(samples))]
-    assert 1 == samples.num_truncated
+    assert ["".join(map(chr, samples[index])) for index in range(len(samples))] == ["abc", "hi", "klm", "nop"]
+    assert samples.num_truncated == 1
 
 
 def test_packing_fills_every_sample() -> None:
@@ -119,8 +119,8 @@ def test_packing_fills_every_sample() -> None:
 
     samples = build_samples(documents, _encode, max_seq_len=4, packing=True)
 
-    assert ["abcd", "efgh"] == ["".join(map(chr, samples[index])) for index in range(len(samples))]
-    assert 0 == samples.num_truncated
+    assert ["".join(map(chr, samples[index])) for index in range(len(samples))] == ["abcd", "efgh"]
+    assert samples.num_truncated == 0
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -157,7 +157,7 @@ def test_a_step_may_cross_into_the_next_pass() -> None:
     batches = Batches(_samples(2, 2, 2, 2, 2), 2, 1, seed=0)
     seen = [index for step in range(1, 6) for index in batches.sample_indices(step)]
 
-    assert [2] * 5 == [seen.count(index) for index in range(5)]
+    assert [seen.count(index) for index in range(5)] == [2] * 5
 
 
 @pytest.mark.torch
@@ -188,8 +188,8 @@ def test_truncated_samples_are_counted_without_torch(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     loaded = _Loaded(Job(model="gpt2", weights="random", data=Data(train="train.jsonl")), tmp_path)
 
-    assert (4, 2) == count_truncated(loaded, 10)  # type: ignore[arg-type]
-    assert (4, 0) == count_truncated(loaded, 12)  # type: ignore[arg-type]
+    assert count_truncated(loaded, 10) == (4, 2)  # type: ignore[arg-type]
+    assert count_truncated(loaded, 12) == (4, 0)  # type: ignore[arg-type]
 
 
 def test_an_unknown_count_is_none(tmp_path: Path) -> None:

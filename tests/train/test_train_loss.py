@@ -29,7 +29,7 @@ def _inputs(dtype: torch.dtype, *, trains: bool) -> tuple[torch.Tensor, nn.Linea
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 5, 1000])
 @pytest.mark.parametrize("trains", [False, True])
 def test_chunked_loss_equals_full_loss(trains: bool, chunk_tokens: int) -> None:
-    """Value, gradient of the hidden states and of the head agree, whatever the chunks, with labels left out."""
+    """Value and both gradients agree, whatever the chunks, with labels left out."""
     hidden, head, labels = _inputs(torch.float32, trains=trains)
     expected = full_cross_entropy(head(hidden), labels, 11)
     expected.backward()
@@ -133,4 +133,4 @@ def test_a_chunk_is_all_that_is_held() -> None:
         chunked_cross_entropy(hidden, head, labels, 63, 16).backward()
 
     # 64 * 8 elements of the gradient of `hidden` are fewer than the 16 * 50 of a chunk.
-    assert 16 * 50 == max(sizes)
+    assert max(sizes) == 16 * 50

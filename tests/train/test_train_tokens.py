@@ -17,21 +17,21 @@ def test_bytes_round_trip(text: str) -> None:
     ids = tokenizer.encode(text)
 
     assert text == tokenizer.decode(ids)
-    assert 256 == ids[-1]
+    assert ids[-1] == 256
     assert all(0 <= token < ByteTokenizer.VOCAB_SIZE for token in ids)
 
 
 def test_bytes_need_257_embeddings() -> None:
     """A vocabulary without room for every byte and the end of text is refused, with both numbers."""
-    assert "bytes" == byte_tokenizer(257).name
-    with pytest.raises(DataError, match="256.*257 ids"):
+    assert byte_tokenizer(257).name == "bytes"
+    with pytest.raises(DataError, match=r"256.*257 ids"):
         byte_tokenizer(256)
 
 
 def test_random_weights_without_a_tokenizer_train_on_bytes(tmp_path: Path) -> None:
     """A hub id or a folder without tokenizer files means bytes for random weights, without asking anyone."""
-    assert "bytes" == load_tokenizer("some/model", None, weights="random", vocab_size=1000).name
-    assert "bytes" == load_tokenizer("here", tmp_path, weights="random", vocab_size=1000).name
+    assert load_tokenizer("some/model", None, weights="random", vocab_size=1000).name == "bytes"
+    assert load_tokenizer("here", tmp_path, weights="random", vocab_size=1000).name == "bytes"
 
 
 def test_a_local_model_is_a_folder_or_a_config_file(tmp_path: Path) -> None:
@@ -50,7 +50,9 @@ def test_the_tokenizer_of_the_folder_is_used(tmp_path: Path) -> None:
     """A folder's own tokenizer wins over bytes, and documents get its end of text."""
     pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "<unk>": 1, "a": 2, "b": 3}, "<unk>"))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<eos>": 0, "<unk>": 1, "a": 2, "b": 3}, "<unk>")
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(
@@ -59,4 +61,4 @@ def test_the_tokenizer_of_the_folder_is_used(tmp_path: Path) -> None:
 
     loaded = load_tokenizer("here", tmp_path, weights="random", vocab_size=4)
 
-    assert [2, 3, 1, 0] == loaded.encode("a b c")
+    assert loaded.encode("a b c") == [2, 3, 1, 0]

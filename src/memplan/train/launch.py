@@ -20,10 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import DataError, MemplanError, RunError
+from memplan.job.fields import job_fields
 from memplan.job.load import BUILT_IN_DATA
 from memplan.job.spec import Job
 from memplan.train.checkpoint import has_checkpoint
-from memplan.train.record import Record, write_atomically
+from memplan.train.record import Record
 from memplan.train.report import resume_command, say
 from memplan.train.tokens import model_path
 
@@ -34,6 +35,9 @@ JOB_FILE = "job.yaml"
 CHECKPOINTS = "checkpoints"
 FINAL = "final"
 LOCK_FILE = ".lock"
+
+TORCH_OPTIMIZERS = ("adamw", "sgd", "adafactor")
+"""torch's own; the others are those of bitsandbytes."""
 
 _SAFE_PATH = ("-P",) if sys.version_info >= (3, 11) else ()
 """Files in the working directory must not stand in for libraries."""
@@ -85,6 +89,27 @@ def check_trainable(loaded: LoadedJob) -> None:
         RunError, DataError: with the field and what to set instead.
     """
     job = loaded.job
+    refuse_untrainable(job)
+    _check_packages(job)
+    if job.data.train is None:
+        raise DataError(
+            "the job names no training data", hint=f"set it, e.g. `--set data.train={BUILT_IN_DATA}`"
+        )
+    for source in (job.data.train, job.data.eval):
+        if source not in (None, BUILT_IN_DATA) and not loaded.resolve_path(source).exists():
+            raise DataError(
+                f"the data `{source}` does not exist ({loaded.resolve_path(source)})",
+                hint="check `data.train` and `data.eval`",
+            )
+
+
+def refuse_untrainable(job: Job) -> None:
+    """
+    Refuse jobs that can be planned but not trained here.
+
+    Raises:
+        RunError: with the field and what to set instead.
+    """
     trained_dtype = {"full": job.dtype, "lora": job.lora.dtype}.get(job.method)
     refusals: list[tuple[bool, str, str]] = [
         (
@@ -112,25 +137,30 @@ def check_trainable(loaded: LoadedJob) -> None:
             "training in float16 needs loss scaling, which this trainer does not do",
             "use bfloat16, which needs none",
         ),
-        (
-            job.lora.dropout >= 1,
-            f"`lora.dropout` is {job.lora.dropout}, and nothing would be left at 1",
-            "use a value in [0, 1)",
-        ),
     ]
     for refused, message, hint in refusals:
         if refused:
             raise RunError(message, hint=hint)
-    _check_packages(job)
-    if job.data.train is None:
-        raise DataError(
-            "the job names no training data",
-            hint=f"set `data.train`, e.g. `--set data.train={BUILT_IN_DATA}`",
-        )
-    for source in (job.data.train, job.data.eval):
-        if source not in (None, BUILT_IN_DATA) and not loaded.resolve_path(source).exists():
-            raise DataError(
-                f"the data `{source}` does not exist ({loaded.resolve_path(source)})", hint="check `data`"
+
+
+def check_device(job: Job, device_type: str) -> None:
+    """
+    Refuse what needs a CUDA GPU where there is none.
+
+    Raises:
+        RunError: with the field and what to set instead.
+    """
+    if device_type == "cuda":
+        return
+    needs_cuda = [
+        (job.optimizer not in TORCH_OPTIMIZERS, f"`optimizer: {job.optimizer}`", "optimizer=adamw"),
+        (job.loss == "fused" and job.method != "npt", "`loss: fused`", "loss=chunked"),
+        (job.attention == "flash_attention_2", "`attention: flash_attention_2`", "attention=sdpa"),
+    ]
+    for wanted, what, instead in needs_cuda:
+        if wanted:
+            raise RunError(
+                f"{what} runs on CUDA only, and torch sees no CUDA GPU here", hint=f"use `--set {instead}`"
             )
 
 
@@ -150,7 +180,7 @@ def _check_packages(job: Job) -> None:
             "--set attention=sdpa",
         ),
         (
-            job.optimizer not in ("adamw", "sgd", "adafactor"),
+            job.optimizer not in TORCH_OPTIMIZERS,
             "bitsandbytes",
             f"`optimizer: {job.optimizer}`",
             "--set optimizer=adamw",
@@ -245,11 +275,10 @@ def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_job(path: Path, job: Job) -> None:
-    """The job, whole, as YAML."""
-    import yaml
+    """The job with every field spelt out, so that later defaults cannot change it."""
+    from memplan.job import write
 
-    text = yaml.safe_dump(dataclasses.asdict(job), sort_keys=False)
-    write_atomically(path, text)
+    write.write_job(path, job, origins=dict.fromkeys(job_fields(), "user"), overwrite=True)
 
 
 def read_job(path: Path) -> Job:

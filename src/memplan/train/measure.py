@@ -49,6 +49,9 @@ class Meter(Protocol):
     def peaks(self) -> list[PhasePeak]:
         """Everything measured so far, in order."""
 
+    def peak_bytes(self) -> int | None:
+        """The highest peak so far; None while it is not known yet."""
+
     def live_bytes(self) -> int:
         """Bytes to report beside the loss: allocated on CUDA, the process's resident set on the CPU."""
 
@@ -83,6 +86,9 @@ class CudaMeter:
     def peaks(self) -> list[PhasePeak]:
         self._close()
         return list(self._peaks.values())
+
+    def peak_bytes(self) -> int | None:
+        return max((peak.allocated_peak_bytes for peak in self._peaks.values()), default=None)
 
     def live_bytes(self) -> int:
         return torch.cuda.memory_allocated(self.device)
@@ -138,6 +144,9 @@ class CpuMeter:
     def peaks(self) -> list[PhasePeak]:
         self._stop()
         return self._peaks or []
+
+    def peak_bytes(self) -> int | None:
+        return max((peak.allocated_peak_bytes for peak in self._peaks or ()), default=None)
 
     def live_bytes(self) -> int:
         return resident_bytes()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from memplan.budget.result import Change, PhaseLine, Result
+from memplan.budget.result import Capacity, PhaseLine, Result
 from memplan.train.measure import PhasePeak, highest_by_phase
 from memplan.units import format_bytes
 
@@ -46,21 +46,27 @@ class Progress:
     def __init__(self, *, first: int, last: int, plan: Result | None, file: TextIO | None = None) -> None:
         self.file = file or sys.stderr
         self.first, self.last = first, last
-        self.planned = f" of {format_bytes(plan.peak.allocated_bytes)} planned" if plan else ""
+        self._planned = f" of {format_bytes(plan.peak.allocated_bytes)} planned" if plan else ""
         self._bar: Any = self._make_bar() if self.file.isatty() else None
         self._interval = max(1, (last - first + 1) // 10)
 
-    def step(self, step: int, line: dict[str, Any]) -> None:
-        """Step `step` is done; `line` is its line of `metrics.jsonl`."""
+    def step(self, step: int, line: dict[str, Any], peak_bytes: int | None) -> None:
+        """
+        Step `step` is done; `line` is its line of `metrics.jsonl`, `peak_bytes` the measured peak so far.
+        """
+        words = [f"loss {line['loss']:.4g}", f"{line['tokens_per_s']:,.0f} tokens/s"]
         errors = line.get("relative_error", {}).values()
-        detail = f"  relative error {sum(errors) / len(errors):.3g}" if errors else ""
-        evaluation = f"  eval loss {line['eval_loss']:.4g}" if "eval_loss" in line else ""
-        speed, memory = f"{line['tokens_per_s']:,.0f} tokens/s", format_bytes(line["memory"])
-        words = f"loss {line['loss']:.4g}{detail}{evaluation}  {speed}  {memory}{self.planned}"
+        if errors:
+            words.insert(1, f"relative error {sum(errors) / len(errors):.3g}")
+        if "eval_loss" in line:
+            words.insert(1, f"eval loss {line['eval_loss']:.4g}")
+        if peak_bytes is not None:
+            words.append(f"peak {format_bytes(peak_bytes)}{self._planned}")
+        text = "  ".join(words)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step - self.first + 1, words=words, step=step)
+            self._bar.update(self._task, completed=step - self.first + 1, words=text, step=step)
         elif step in (self.first, self.last) or (step - self.first + 1) % self._interval == 0:
-            print(f"step {step}/{self.last}  {words}", file=self.file, flush=True)
+            print(f"step {step}/{self.last}  {text}", file=self.file, flush=True)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -121,17 +127,14 @@ def _compare(planned: int | None, measured: int) -> tuple[str, str, str]:
 
 
 def out_of_memory_lines(
-    plan: Result | None, phase: str, step: int, detail: str, free: str, changes: Sequence[Change], resume: str
+    plan: Result | None, phase: str, step: int, detail: str, capacity: Capacity
 ) -> list[str]:
     """
-    What to read after running out of memory: when, what the plan said about it, what is free, and what to
-    change.
+    When the run ran out of memory, what the plan said about that phase, and what there is.
 
     Args:
         detail: what the allocator said, in a few words.
-        free: a sentence about the memory there is now that the run has let go of its own.
-        changes: smallest first, each of which the planner says will fit.
-        resume: the command that continues the run, without flags.
+        capacity: what is free now that the run has let go of its own.
     """
     when = f"in {_phase(phase)} of step {step}" if step else "while loading"
     lines = [f"error: out of memory {when}: {detail}"]
@@ -140,23 +143,12 @@ def out_of_memory_lines(
         peak, budget = (
             (line.allocated_peak_bytes, line.budget) if line else (plan.peak.allocated_bytes, plan.budget)
         )
-        lines.append(f"  planned for {_phase(phase)}: {format_bytes(peak)} allocated: {budget_words(budget)}")
-    lines += [f"  {free}", ""]
-    if not changes:
-        return [
-            *lines,
-            f"hint: no change that keeps the model is known to fit; after one of your own: `{resume}`",
-        ]
-    from memplan.render.words import set_flags
-
-    best = changes[0]
-    slower = f", {best.slowdown:.2f} times the time per step" if best.slowdown > 1 else ""
-    need = format_bytes(best.need_bytes)
-    return [
-        *lines,
-        f"hint: the smallest change that fits, needing {need}: {best.summary}{slower}",
-        f"      {resume} {set_flags(best.set)}",
-    ]
+        lines.append(f"  planned for {_phase(phase)}: {format_bytes(peak)} allocated, {budget_words(budget)}")
+    free = f"{format_bytes(capacity.usable_bytes)} of {format_bytes(capacity.total_bytes)} on {capacity.gpu}"
+    others = f"; {format_bytes(capacity.used_by_others_bytes)} held by others" * (
+        capacity.used_by_others_bytes > 0
+    )
+    return [*lines, f"  free for this run: {free}{others}"]
 
 
 def resume_command(folder: Path) -> str:

@@ -31,7 +31,7 @@ from memplan.train.checkpoint import (
     save_checkpoint,
 )
 from memplan.train.data import Batches, Samples, build_samples, read_documents
-from memplan.train.launch import CHECKPOINTS, FINAL
+from memplan.train.launch import CHECKPOINTS, FINAL, check_device
 from memplan.train.loop import Loop, StepResult
 from memplan.train.measure import Meter, PhasePeak, make_meter, to_json
 from memplan.train.optimizer import build_optimizer
@@ -100,7 +100,7 @@ class Run:
             Interrupted: after a checkpoint.
             torch.OutOfMemoryError, RuntimeError: from torch, while `phase` says where.
         """
-        self._check_device()
+        check_device(self.job, self.device.type)
         config = resolve_config(self.job.model).config
         self._make_plan()
         self.record.update(versions=_versions(), device=describe_device(self.device))
@@ -150,26 +150,6 @@ class Run:
         )
         self.record.finish(outcome, error)
         return peaks
-
-    def _check_device(self) -> None:
-        if self.device.type == "cuda":
-            return
-        job = self.job
-        needs_cuda = [
-            (
-                job.optimizer not in ("adamw", "sgd", "adafactor"),
-                f"`optimizer: {job.optimizer}`",
-                "optimizer=adamw",
-            ),
-            (job.loss == "fused" and job.method != "npt", "`loss: fused`", "loss=chunked"),
-            (job.attention == "flash_attention_2", "`attention: flash_attention_2`", "attention=sdpa"),
-        ]
-        for wanted, what, instead in needs_cuda:
-            if wanted:
-                raise RunError(
-                    f"{what} runs on CUDA only, and torch sees no CUDA GPU here",
-                    hint=f"use `--set {instead}`",
-                )
 
     def _make_plan(self) -> None:
         from memplan.budget.estimate import estimate
@@ -289,7 +269,7 @@ class Run:
                 if saves and evaluation is not None:
                     line["eval_loss"] = loop.evaluate(evaluation)
                 metrics.append(line)
-                progress.step(step, line)
+                progress.step(step, line, meter.peak_bytes())
                 if saves:
                     self._save(step)
                 if signum is not None and step < last:

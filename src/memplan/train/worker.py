@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from memplan.budget.result import Capacity, Change
 from memplan.cli.main import report_error
 from memplan.errors import MemplanError
 from memplan.train import report
+from memplan.train.advice import free_capacity, retry_command, smallest_change
 from memplan.train.launch import FINAL, JOB_FILE, read_job
 from memplan.train.measure import PhasePeak
 from memplan.train.record import RECORD
 from memplan.train.report import say
-from memplan.train.run import Interrupted, Run, describe_device
+from memplan.train.run import Interrupted, Run
 from memplan.train.tokens import first_line
 from memplan.units import format_bytes
 
@@ -184,54 +184,25 @@ def _explain_out_of_memory(run: Run, detail: str) -> int:
     phase, step = run.phase
     run.release()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    capacity = _capacity(run)
-    run.finish("out_of_memory", f"out of memory in {phase} of step {step}: {detail}")
-    others = (
-        f", {format_bytes(capacity.used_by_others_bytes)} are held by others"
-        if capacity.used_by_others_bytes
-        else ""
-    )
-    free = (
-        f"free for this run: {format_bytes(capacity.usable_bytes)} of {format_bytes(capacity.total_bytes)} "
-        f"on {capacity.gpu}{others}"
-    )
-    changes = _changes(run, capacity) if run.plan is not None else ()
-    for line in report.out_of_memory_lines(run.plan, phase, step, detail, free, changes, run.resume_command):
-        say(line)
-    return OUT_OF_MEMORY
-
-
-def _capacity(run: Run) -> Capacity:
-    """What this process can get now that it has let go of everything: of the GPU, or of the machine's RAM."""
     if run.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(run.device)
-        # Our own context is not free, but it is ours.
-        usable = free + (run.plan.peak.non_torch_bytes if run.plan else 0)
-        name = torch.cuda.get_device_name(run.device)
-    else:
-        total = describe_device(run.device)["total_bytes"]
-        usable = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        name = "this machine's RAM"
-    usable = min(usable, total)
-    return Capacity(name, total, usable, max(0, total - usable), "after the run released its memory")
-
-
-def _changes(run: Run, capacity: Capacity) -> tuple[Change, ...]:
-    """The smallest changes that fit; what the plan said would fit and did not counts as too large."""
-    from dataclasses import replace
-
-    from memplan.fit import smallest_changes
-
-    assert run.plan is not None and run.architecture is not None
-    room = min(capacity.usable_bytes, run.plan.need_bytes * 95 // 100)
-    try:
-        return smallest_changes(
-            run.job.replace(loop="memplan"), run.architecture, replace(capacity, usable_bytes=room)
-        )
-    except MemplanError:
-        return ()
+        torch.cuda.empty_cache()
+    capacity = free_capacity(run.device, run.plan)
+    run.finish("out_of_memory", f"out of memory in {phase} of step {step}: {detail}")
+    for line in report.out_of_memory_lines(run.plan, phase, step, detail, capacity):
+        say(line)
+    change = None
+    if run.plan is not None and run.architecture is not None:
+        change = smallest_change(run.job, run.architecture, run.plan, capacity, run.device.type)
+    if change is None:
+        say("\nhint: no change that leaves the model as it is makes this job fit; train fewer layers")
+        _say_how_to_continue(run)
+        return OUT_OF_MEMORY
+    command = retry_command(run.folder, run.job, change, has_checkpoint=run.saved_step is not None)
+    slower = f", a step taking {change.slowdown:.2f} times as long" if change.slowdown > 1 else ""
+    say(f"\nhint: the smallest change that fits: {change.summary}")
+    say(f"      needs {format_bytes(change.need_bytes)}{slower}:")
+    say(f"      {command}")
+    return OUT_OF_MEMORY
 
 
 def _closing_lines(run: Run, peaks: Sequence[PhasePeak], seconds: float) -> list[str]:
