@@ -51,7 +51,7 @@ def test_parameters_take_the_dtype_and_seed_asked_for():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_model_on_meta_can_be_converted_and_traced(family):
-    """A model without memory takes a local step: parameters and gradients are where the base is, masks too."""
+    """A model without memory takes a local step: parameters, gradients and masks are where the base is."""
     with torch.device("meta"):
         model = tiny(family)
     block = convert(model, Npt(layers="all", rank=5), seed=0)[0]

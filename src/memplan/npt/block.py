@@ -33,7 +33,7 @@ which the base computes. `local` allocates in this order, form `factored`; [ ] i
       [z]          z in float32                                                     N r       f32
       tanh         tanh(z)                                                          N r       f32  saved
       m            scale * tanh                                                     N r       f32  saved
-      R_F          A^T A, B B^T and their product; m @ it and that * m; its sums    3 r r, 2 N r, N  f32  saved
+      R_F          A^T A, B B^T and their product; m @ it and that * m; its sums    3 r r, 2 N r, N f32  saved
       gate         first matrix of the MLP, of x                                    N f       c
       [A]          A in c: a second cast, so that A's gradients add in float32      d r       c
       v            x @ A                                                            N r       c    saved: v, x
