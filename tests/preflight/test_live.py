@@ -293,6 +293,13 @@ def test_old_checkpoints_are_deleted(max_steps, save_every, count, tmp_path):
     assert count * found.checkpoint_bytes + found.final_bytes == found.needed_bytes
 
 
+def test_the_trainer_keeps_as_many():
+    """The number is the trainer's, repeated here so that a preflight does not load the trainer."""
+    checkpoint = pytest.importorskip("memplan.train.checkpoint")
+
+    assert checkpoint.KEEP == disk.KEPT_CHECKPOINTS
+
+
 def test_the_disk_is_that_of_the_nearest_folder_that_exists(tmp_path):
     """`output_dir` is usually not there yet."""
     job = make_result().job.replace(**{"train.output_dir": "runs/a/b"})

@@ -82,12 +82,14 @@ def test_the_level_follows_the_verdict(usable_gib, level):
 
 def test_annotations_carry_change_and_warnings_one_per_line():
     """The smallest change is in the first annotation, each warning is one of its own."""
-    report = make_report(20, result={"changes": (make_change(),), "warnings": ("first\nsecond", "third")})
+    report = make_report(
+        20, result={"changes": (make_change(),), "warnings": ("first\nsecond [a-lint]", "third")}
+    )
     lines = annotation_lines(report).splitlines()
 
-    assert ["::error", "::warning", "::warning"] == [line.split(" ")[0] for line in lines]
+    assert ["::error", "::warning", "::notice"] == [line.split(" ")[0] for line in lines]
     assert "%0Asmallest change: recompute every block in backward" in lines[0]
-    assert lines[1].endswith("first%0Asecond")
+    assert lines[1].endswith("first%0Asecond [a-lint]")
 
 
 def test_a_job_without_a_file_has_no_file_property():

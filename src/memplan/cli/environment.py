@@ -25,7 +25,7 @@ def env(
     flags: dict[str, Any],
 ) -> int:
     """
-    Print the allocator settings of a job as environment variables: eval "$(memplan env JOB)"
+    Print a job's allocator settings as variables: eval "$(memplan env JOB)"
 
     The names suit the torch that is installed beside memplan; without one, both names are set. What is
     already set in the environment is kept.

@@ -35,7 +35,7 @@ def estimate(
     flags: dict[str, Any],
 ) -> int:
     """
-    Show where every byte of a training job goes, and whether it fits --gpu.
+    Show where every byte of a job goes, and whether it fits --gpu
 
     Needs no GPU, no torch and no weights. Exit code: 0 fits or no GPU asked about, 1 does not fit, 2 the
     question is malformed, 3 cannot tell.

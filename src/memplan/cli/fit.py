@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,15 +49,16 @@ def fit(
     flags: dict[str, Any],
 ) -> int:
     """
-    Find the smallest change that makes a job fit --gpu.
+    Find the smallest change that makes a job fit --gpu
 
     Nothing is applied unless --write says where to. Exit code: 0 it fits as it is or with a change, 1 nothing
     fits.
     """
+    from memplan.budget.estimate import estimate
     from memplan.cli.output import write_report
     from memplan.cli.planning import against, job_path, job_words, plan, read_job
     from memplan.gpu import resolve_capacity
-    from memplan.preflight.verdict import less_margin
+    from memplan.preflight.verdict import judge, less_margin
     from memplan.render.report import Report
 
     check_choice("--format", output_format, REPORT_FORMATS)
@@ -98,6 +98,9 @@ def fit(
         )
         edits = changes[0].set if changes else {}
         found = bool(changes)
+    if edits:
+        changed = estimate(loaded.job.replace(**edits), architecture)
+        report = replace(report, verdict_with=judge(changed, capacity, loaded.job.margin))
     write_report(report, output_format)
     if write is not None and found:
         write_changed(loaded, edits, write)
@@ -128,5 +131,6 @@ def write_changed(loaded: LoadedJob, edits: dict[str, Any], destination: str) ->
     from memplan.cli.output import note
     from memplan.job.write import write_job
 
-    write_job(loaded.job.replace(**edits), Path(destination))
+    origins = {**loaded.origins, **dict.fromkeys(edits, "user")}
+    write_job(destination, loaded.job.replace(**edits), origins=origins, base_dir=loaded.base_dir)
     note(f"wrote `{destination}`")

@@ -15,7 +15,7 @@ ListFormat = Annotated[str, typer.Option("--format", metavar="text|json", help="
 
 
 def models(output_format: ListFormat = "text") -> int:
-    """List the models that are known by name, without a network."""
+    """List the models that are known by name, without a network"""
     from memplan.model import list_models
 
     check_choice("--format", output_format, LIST_FORMATS)
@@ -33,7 +33,7 @@ def models(output_format: ListFormat = "text") -> int:
 
 
 def gpus(output_format: ListFormat = "text") -> int:
-    """List the GPUs that are known by name, with what a job can use of their memory."""
+    """List the GPUs that are known by name, with their usable memory"""
     from memplan.errors import GpuError
     from memplan.gpu import list_gpus, usable_bytes
 
@@ -69,7 +69,7 @@ def schema(
         str, typer.Option("--of", metavar="job|result", help="Of the job file or of --format json")
     ] = "job",
 ) -> int:
-    """Print the JSON schema of the job file, or of the result."""
+    """Print the JSON schema of the job file, or of the result"""
     from memplan.cli.output import emit
     from memplan.render.json import dump
 

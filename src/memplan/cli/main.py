@@ -65,7 +65,7 @@ def _run(arguments: Sequence[str]) -> int:
         2
     ]  # ClickException, wherever this typer keeps it
     try:
-        status = command().main(args=list(arguments), prog_name="memplan", standalone_mode=False)
+        status = command(arguments).main(args=list(arguments), prog_name="memplan", standalone_mode=False)
     except typer.Abort:
         return INTERRUPTED
     except usage_error as error:

@@ -21,7 +21,7 @@ JOB_FIELDS = (
 
 JobArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[JOB]", help="Job file, or a name from `memplan jobs`; not needed with --model"),
+    typer.Argument(metavar="JOB", help="Job file, or a name from memplan jobs; not needed with --model"),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -37,21 +37,6 @@ OutputFormat = Annotated[
 REPORT_FORMATS = ("text", "json", "markdown", "github")
 
 
-class Command(typer.core.TyperCommand):
-    """
-    A command whose options arrive as the text that was typed; the job reader knows their types and bounds.
-
-    typer 0.29 builds a pydantic adapter for every option when it parses, whose import takes longer than a
-    whole estimate. Handing it the trivial conversion in advance keeps pydantic out; older versions have no
-    use for it.
-    """
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        for parameter in self.params:
-            parameter._runtime_param = _AsTyped()  # type: ignore[attr-defined]
-
-
 class _AsTyped:
     """The interface of typer's `RuntimeParam`, without a conversion."""
 
@@ -59,6 +44,30 @@ class _AsTyped:
         if value is None and (param.multiple or param.nargs == -1):
             return ()
         return value
+
+
+class _WithoutAdapters:
+    """
+    Options arrive as the text that was typed; the job reader knows their types and bounds.
+
+    typer 0.29 builds a pydantic adapter for every option when it parses, and importing pydantic takes longer
+    than a whole estimate. Handing it the trivial conversion in advance keeps pydantic out; earlier versions
+    have no use for it.
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            parameter._runtime_param = _AsTyped()
+        return parameters
+
+
+class Command(_WithoutAdapters, typer.core.TyperCommand):
+    """One command."""
+
+
+class Group(_WithoutAdapters, typer.core.TyperGroup):
+    """The command that holds the others."""
 
 
 def with_job_flags(function: Callable[..., int]) -> Callable[..., int]:

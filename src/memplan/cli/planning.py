@@ -60,15 +60,13 @@ def job_words(source: str | None, overrides: Sequence[str] | None, flags: Mappin
     """The job as typed, to go behind another command."""
     import shlex
 
-    from memplan.render.words import setting_text
-
     words = [] if source is None else [source]
     for name, value in flags.items():
-        words += (
-            ["--set", f"{name}={setting_text(value)}"]
-            if source is not None or name != "model"
-            else ["--model", value]
-        )
+        flag = name.replace("_", "-").replace(".", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", value]
     for override in overrides or ():
         words += ["--set", override]
     return " ".join(map(shlex.quote, words))

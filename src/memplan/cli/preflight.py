@@ -31,10 +31,11 @@ def preflight(
     flags: dict[str, Any],
 ) -> int:
     """
-    Check a job against this machine before it starts: memory, other processes, allocator settings, disk.
+    Check a job against this machine before it starts
 
-    Works without a GPU and without torch, and then says what it could not check. Exit code: 0 fits, 1 does
-    not fit, 2 the question is malformed, 3 cannot tell.
+    Looks at memory, other processes, allocator settings and disk. Works without a GPU and without torch, and
+    then says what it could not check. Exit code: 0 fits, 1 does not fit, 2 the question is malformed, 3
+    cannot tell.
     """
     from memplan.cli.output import note, write_report
     from memplan.cli.planning import job_path, job_words, plan, read_job

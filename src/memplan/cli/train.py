@@ -26,7 +26,7 @@ def train(
     flags: dict[str, Any],
 ) -> int:
     """
-    Train a job, after a preflight.
+    Train a job, after a preflight
 
     Without a GPU it trains on the CPU and says so. Needs `pip install "memplan[train]"`.
     """
@@ -35,9 +35,10 @@ def train(
     from memplan.cli.planning import job_path, job_words, plan, read_job
     from memplan.preflight.run import run_preflight
     from memplan.render.report import Report
-    from memplan.train import launch
+    from memplan.train.launch import check_trainable, launch
 
     loaded = read_job(job, overrides, flags)
+    check_trainable(loaded)
     architecture, result = plan(loaded)
     found = run_preflight(loaded, architecture, result)
     words = job_words(job, overrides, flags)

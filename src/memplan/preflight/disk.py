@@ -10,6 +10,8 @@ from pathlib import Path
 from memplan.budget.result import Result
 from memplan.job.spec import DTYPE_BYTES, Job
 
+KEPT_CHECKPOINTS = 3
+"""How many the trainer keeps; the one being written comes on top."""
 _STATE_BYTES: dict[str, Callable[[int], float]] = {
     "adamw": lambda itemsize: 2 * itemsize,
     "paged_adamw": lambda itemsize: 2 * itemsize,
@@ -51,8 +53,6 @@ class DiskCheck:
 
 def check_disk(job: Job, result: Result, base_dir: Path) -> DiskCheck:
     """Compare what the run of `job` writes with what is free where `train.output_dir` is or will be."""
-    from memplan.train.checkpoint import KEEP
-
     path = (base_dir / job.train.output_dir).absolute()
     while not path.exists():
         path = path.parent
@@ -65,7 +65,7 @@ def check_disk(job: Job, result: Result, base_dir: Path) -> DiskCheck:
         free_bytes=shutil.disk_usage(path).free,
         checkpoint_bytes=final_bytes + int(trainable * _STATE_BYTES[job.optimizer](itemsize)),
         final_bytes=final_bytes,
-        num_checkpoints=min(num_saves, KEEP + 1),
+        num_checkpoints=min(num_saves, KEPT_CHECKPOINTS + 1),
     )
 
 

@@ -6,7 +6,7 @@ from memplan.budget.result import Change, Result
 from memplan.render.report import Report
 from memplan.render.screen import Screen, columns, gib
 from memplan.render.text import paragraph, verdict_lines, warnings
-from memplan.render.words import set_flags, tier_words
+from memplan.render.words import STATES, set_flags, tier_words
 from memplan.units import format_bytes
 
 LIMITS = {
@@ -42,8 +42,9 @@ def change_lines(screen: Screen, report: Report) -> None:
         screen.line(("nothing to change", "bold green"))
         return
     smallest, *others = changes
-    screen.line(("smallest change", "bold green"), f": {smallest.summary}")
+    paragraph(screen, ("smallest change:", "bold green"), smallest.summary)
     screen.line("  " + outcome(result, smallest))
+    _verdict_with(screen, report)
     _truncation(screen, report, smallest)
     screen.line()
     screen.line(f"  memplan train {report.job_words} {set_flags(smallest.set)}".rstrip())
@@ -78,9 +79,16 @@ def _runners_up(screen: Screen, report: Report, changes: list[Change]) -> None:
     screen.line(f"  {lines[0]}")
     for line, change in zip(lines[1:], changes):
         screen.line(f"  {line}")
-        paragraph(screen, "     ", change.summary)
+        paragraph(screen, "-", change.summary, indent="     ")
         _truncation(screen, report, change)
-        screen.line(f"     {set_flags(change.set)}")
+        screen.line(f"       {set_flags(change.set)}")
+
+
+def _verdict_with(screen: Screen, report: Report) -> None:
+    """Say so when what was found fits, but not with the whole error band."""
+    verdict = report.verdict_with
+    if verdict is not None and verdict.state != "fits":
+        paragraph(screen, (f"{STATES[verdict.state]}:", "bold yellow"), verdict.reason, indent="  ")
 
 
 def _truncation(screen: Screen, report: Report, change: Change) -> None:
@@ -88,7 +96,7 @@ def _truncation(screen: Screen, report: Report, change: Change) -> None:
     if cut is not None:
         truncated, total = cut
         screen.line(
-            f"     truncates {truncated:,} of {total:,} samples at {change.set['max_seq_len']} tokens"
+            f"       truncates {truncated:,} of {total:,} samples at {change.set['max_seq_len']} tokens"
         )
 
 
@@ -106,5 +114,6 @@ def frontier_lines(screen: Screen, report: Report) -> None:
     )
     need, spare = format_bytes(frontier.need_bytes), format_bytes(frontier.headroom_bytes)
     screen.line(f"  needs {need}, leaves {spare} to spare; {LIMITS.get(frontier.limit, frontier.limit)}")
+    _verdict_with(screen, report)
     screen.line()
     screen.line(f"  memplan train {report.job_words} {set_flags({frontier.field: frontier.value})}".rstrip())

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from memplan.render.report import Report
-from memplan.render.words import headline, peak_moment, set_flags
+from memplan.render.words import headline, is_lint, peak_moment, set_flags
 from memplan.units import MiB, format_bytes
 
 _LEVELS = {"fits": "notice", "tight": "warning", "does_not_fit": "error", "unknown": "warning"}
@@ -27,7 +27,8 @@ def annotation_lines(report: Report) -> str:
     level = _LEVELS[result.verdict.state] if result.verdict else "notice"
     lines = [annotation(level, text, file=report.job_path, title=f"memplan {report.command}")]
     for message in result.warnings:
-        lines.append(annotation("warning", message, file=report.job_path, title="memplan"))
+        level = "warning" if is_lint(message) else "notice"
+        lines.append(annotation(level, message, file=report.job_path, title="memplan"))
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ from memplan.render.words import (
     categories_in,
     category_bytes,
     headline,
+    is_lint,
     peak_moment,
     set_flags,
     tensor_phrase,
@@ -47,7 +48,8 @@ def report_markdown(report: Report) -> str:
         parts.append("\n".join(f"* **{label}**: {_inline(text)}" for label, text in check_lines(report)))
     parts.append(_folded("Where the bytes are", [_phases(result), _totals(result), _top(result)]))
     if result.warnings:
-        parts.append("\n".join(f"* ⚠️ {_inline(message)}" for message in result.warnings))
+        marks = ["⚠️ " if is_lint(message) else "" for message in result.warnings]
+        parts.append("\n".join(f"* {mark}{_inline(text)}" for mark, text in zip(marks, result.warnings)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -17,8 +17,9 @@ def preflight_screen(screen: Screen, report: Report) -> None:
     screen.line()
     for label, sentence in check_lines(report):
         paragraph(screen, (f"{label}:", "bold"), sentence)
-    for process in found.live.processes:
-        screen.line(f"  {process_words(process)}")
+        if label == "live check":
+            for process in found.live.processes:
+                screen.line(f"  {process_words(process)}")
     warnings(screen, found.result.warnings)
     hint = hint_line(report)
     if hint is not None:

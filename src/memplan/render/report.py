@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from memplan.budget.result import Change, Result
+from memplan.budget.result import Change, Result, Verdict
 
 if TYPE_CHECKING:
     from memplan.fit.frontier import Frontier
@@ -26,6 +26,8 @@ class Report:
     """The job file, for annotations."""
     preflight: Preflight | None = None
     frontier: Frontier | None = None
+    verdict_with: Verdict | None = None
+    """Of the job with the smallest change, or at the frontier."""
     allow_capacity: bool = False
     truncations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     """{max_seq_len: (samples cut, samples in all)}, as far as the data is at hand."""

@@ -13,6 +13,7 @@ from memplan.render.words import (
     categories_in,
     category_bytes,
     headline,
+    is_lint,
     peak_moment,
     tensor_phrase,
     worst_phases,
@@ -40,6 +41,8 @@ def verdict_lines(screen: Screen, result: Result) -> None:
     screen.line((state, style), joint + sentence)
     screen.line(f"  peak {peak_moment(result.peak)}: {clip(result.peak.where, screen.width - 40)}")
     screen.line(("  " + band(result), "dim"))
+    if result.capacity is not None:
+        paragraph(screen, ("capacity:", "dim"), result.capacity.source, indent="  ")
 
 
 def phase_table(screen: Screen, result: Result) -> None:
@@ -120,19 +123,26 @@ def top_tensors(screen: Screen, result: Result) -> None:
 
 
 def warnings(screen: Screen, messages: tuple[str, ...]) -> None:
-    """Lints and silent defaults worth knowing, one line or paragraph each."""
+    """Lints as warnings, and silent defaults worth knowing as notes, a paragraph each."""
     if messages:
         screen.line()
     for message in messages:
-        paragraph(screen, ("warning:", "bold yellow"), message)
+        label = ("warning:", "bold yellow") if is_lint(message) else ("note:", "bold")
+        paragraph(screen, label, message)
 
 
-def paragraph(screen: Screen, label: Segment, text: str) -> None:
-    """`text` after `label`, wrapped to the screen, continued below the label with two spaces."""
+def paragraph(screen: Screen, label: Segment, text: str, *, indent: str = "") -> None:
+    """
+    `text` after `label`, wrapped to the screen; continuation lines are two spaces further in than `indent`.
+    """
     import textwrap
 
     head = label if isinstance(label, str) else label[0]
-    first, *rest = textwrap.wrap(f"{head} {text}", screen.width, subsequent_indent="  ") or [head]
-    screen.line(label, first[len(head) :])
+    lines = textwrap.wrap(
+        f"{head} {text}", screen.width - len(indent), subsequent_indent="  ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    first, *rest = [indent + line for line in lines or [head]]
+    screen.line(indent, label, first[len(indent) + len(head) :])
     for line in rest:
         screen.line(line)

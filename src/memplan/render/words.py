@@ -67,6 +67,18 @@ def tensor_phrase(tensor: TensorLine) -> str:
     return f"{shape} {tensor.dtype or ''}".strip()
 
 
+def is_lint(message: str) -> bool:
+    """
+    Whether a warning of a result is a lint, which ends in its code; the others are notes.
+
+    >>> is_lint("eager attention holds scores; use sdpa [eager-attention]"), is_lint("a context of [1, 2]")
+    (True, False)
+    """
+    import re
+
+    return re.search(r"\[[a-z][a-z0-9-]+\]$", message) is not None
+
+
 def worst_phases(result: Result) -> list[PhaseLine]:
     """The highest moment of each phase over all steps, in the order of the phases."""
     names = [*PHASES, *(line.phase for line in result.phases if line.phase not in PHASES)]
