@@ -108,8 +108,8 @@ def test_record_and_metrics_keep_their_contract(tmp_path: Path) -> None:
 
     record = _record(folder)
     assert {
-        "schema_version", "job", "plan", "measured", "versions", "device", "data", "outcome", "error", "steps",
-        "loss", "resumed_from", "started_at", "finished_at",
+        "schema_version", "job", "plan", "measured", "versions", "device", "data", "outcome", "error",
+        "steps", "loss", "resumed_from", "started_at", "finished_at",
     } == set(record)  # fmt: skip
     assert (record["outcome"], record["error"], record["schema_version"]) == ("completed", None, 1)
     assert record["job"]["method"] == "lora"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memplan.errors import ModelError, RunError
 from memplan.job.spec import Job
@@ -159,10 +159,31 @@ def _random(job: Job, config: dict[str, Any], device: torch.device) -> Any:
         )
     resolved = CONFIG_MAPPING[model_type].from_dict(config)
     torch.manual_seed(derive_seed(job.train.seed, "weights"))
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
             resolved, dtype=getattr(torch, job.dtype), attn_implementation=job.attention
         )
+    _materialise(model, device)
+    model.init_weights()
+    return model
+
+
+def _materialise(model: nn.Module, device: torch.device) -> None:
+    """
+    Give every meta tensor memory on `device`, tied ones once.
+
+    Built on the device at once, a tied head would be made before it is tied: a second embedding for a moment.
+    """
+    placed: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in placed:
+                    empty = torch.empty_like(tensor, device=device)
+                    placed[tensor] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+                tensors[name] = placed[tensor]  # type: ignore[assignment]
 
 
 def _pretrained(job: Job, path: str, device: torch.device) -> Any:
@@ -190,11 +211,11 @@ def _prepare(job: Job, model: Any) -> nn.Module:
         model.eval()
         convert(model, job.npt, seed=derive_seed(job.train.seed, "npt"))
         return model
+    trained = _add_adapters(job, model) if job.method == "lora" else model
     if job.activation_checkpointing != "none":
+        # After the adapters: peft makes the embeddings require gradients where it finds checkpointing on.
         enable_activation_checkpointing(model, every_second=job.activation_checkpointing == "selective")
-    if job.method == "lora":
-        model = _add_adapters(job, model)
-    return model.train()
+    return trained.train()
 
 
 def _add_adapters(job: Job, model: Any) -> Any:

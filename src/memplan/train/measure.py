@@ -12,26 +12,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from memplan.train.record import PhasePeak
+
 PROFILED_STEPS = 3
 _MARK = "memplan/"
-
-
-@dataclass(frozen=True)
-class PhasePeak:
-    """The highest moment of one phase of one step on one rank. `step` is 0 while loading."""
-
-    phase: str
-    step: int
-    allocated_peak_bytes: int
-    reserved_bytes: int | None = None
-    """Peak of the caching allocator's segments; None on the CPU, which has none."""
-    rank: int = 0
 
 
 class Meter(Protocol):
@@ -204,16 +193,6 @@ def _merge(peaks: list[PhasePeak]) -> list[PhasePeak]:
     return list(merged.values())
 
 
-def highest_by_phase(peaks: Iterable[PhasePeak]) -> dict[str, PhasePeak]:
-    """The worst step of each phase, in order of first appearance."""
-    highest: dict[str, PhasePeak] = {}
-    for peak in peaks:
-        known = highest.get(peak.phase)
-        if known is None or peak.allocated_peak_bytes > known.allocated_peak_bytes:
-            highest[peak.phase] = peak
-    return highest
-
-
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind tensors: tied weights count once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -228,8 +207,3 @@ def resident_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def to_json(peaks: Iterable[PhasePeak]) -> list[dict[str, Any]]:
-    """Plain dicts for the record."""
-    return [asdict(peak) for peak in peaks]

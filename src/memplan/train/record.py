@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,28 @@ from typing import Any
 SCHEMA_VERSION = 1
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """The highest moment of one phase of one step on one rank. `step` is 0 while loading."""
+
+    phase: str
+    step: int
+    allocated_peak_bytes: int
+    reserved_bytes: int | None = None
+    """Peak of the caching allocator's segments; None on the CPU, which has none."""
+    rank: int = 0
+
+
+def highest_by_phase(peaks: Iterable[PhasePeak]) -> dict[str, PhasePeak]:
+    """The worst step of each phase, in order of first appearance."""
+    highest: dict[str, PhasePeak] = {}
+    for peak in peaks:
+        known = highest.get(peak.phase)
+        if known is None or peak.allocated_peak_bytes > known.allocated_peak_bytes:
+            highest[peak.phase] = peak
+    return highest
 
 
 class Record:

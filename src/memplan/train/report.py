@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from memplan.budget.result import Capacity, PhaseLine, Result
-from memplan.train.measure import PhasePeak, highest_by_phase
+from memplan.train.record import PhasePeak, highest_by_phase
 from memplan.units import format_bytes
 
 _LARGEST_LINES = 3

@@ -33,9 +33,9 @@ from memplan.train.checkpoint import (
 from memplan.train.data import Batches, Samples, build_samples, read_documents
 from memplan.train.launch import CHECKPOINTS, FINAL, check_device
 from memplan.train.loop import Loop, StepResult
-from memplan.train.measure import Meter, PhasePeak, make_meter, to_json
+from memplan.train.measure import Meter, make_meter
 from memplan.train.optimizer import build_optimizer
-from memplan.train.record import Metrics, Record, read_metrics_lines
+from memplan.train.record import Metrics, PhasePeak, Record, read_metrics_lines
 from memplan.train.report import say
 from memplan.train.tokens import Tokenizer, load_tokenizer, model_folder
 
@@ -140,7 +140,10 @@ class Run:
         highest = max(peaks, key=lambda peak: peak.allocated_peak_bytes, default=None)
         lines = read_metrics_lines(self.folder)
         self.record.update(
-            measured={"phases": to_json(peaks), "peak": asdict(highest) if highest is not None else None},
+            measured={
+                "phases": [asdict(peak) for peak in peaks],
+                "peak": asdict(highest) if highest else None,
+            },
             steps={
                 "first": lines[0]["step"] if lines else None,
                 "last": lines[-1]["step"] if lines else None,

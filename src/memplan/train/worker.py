@@ -23,8 +23,7 @@ from memplan.errors import MemplanError
 from memplan.train import report
 from memplan.train.advice import free_capacity, retry_command, smallest_change
 from memplan.train.launch import FINAL, JOB_FILE, read_job
-from memplan.train.measure import PhasePeak
-from memplan.train.record import RECORD
+from memplan.train.record import RECORD, PhasePeak
 from memplan.train.report import say
 from memplan.train.run import Interrupted, Run
 from memplan.train.tokens import first_line

@@ -1,0 +1,250 @@
+"""What `memplan train` refuses, how it treats its output folder, and real child processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_runs import GPT2, losses, prepared, tiny_job
+
+import memplan
+from memplan.errors import DataError, RunError
+from memplan.job.load import LoadedJob
+from memplan.job.spec import Job
+from memplan.train.launch import (
+    JOB_FILE,
+    _lock,
+    check_device,
+    check_folder,
+    check_trainable,
+    different_fields,
+    read_job,
+    self_contained,
+    write_job,
+)
+from memplan.train.record import Record
+
+SOURCE = str(Path(memplan.__file__).parent.parent)
+
+
+def _loaded(job: Job, base_dir: Path) -> LoadedJob:
+    return LoadedJob(job, {}, None, base_dir, ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "qlora"}, "qlora"),
+        ({"parallel.dp_shard": 2, "parallel.strategy": "FULL_SHARD"}, "2 GPUs"),
+        ({"offload.params": True}, "offload"),
+        ({"activation_offload": True}, "activation_offload"),
+        ({"autocast": "float16"}, "loss scaling"),
+        ({"method": "full", "dtype": "float16"}, "loss scaling"),
+        ({"lora.dtype": "float16"}, "loss scaling"),
+        ({"loss": "fused"}, "liger-kernel"),
+        ({"attention": "flash_attention_2"}, "flash-attn"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    """Each is named in a sentence with a remedy, before anything is loaded."""
+    job = tiny_job(tmp_path).replace(**changes)
+
+    with pytest.raises(RunError, match=words) as caught:
+        check_trainable(_loaded(job, tmp_path))
+    assert caught.value.hint
+
+
+def test_missing_packages_are_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch there is the command that installs it; peft is needed for adapters only."""
+    module = sys.modules[check_trainable.__module__]
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name in ("torch", "peft") else object())
+    with pytest.raises(RunError, match="`torch`, `peft`") as caught:
+        check_trainable(_loaded(tiny_job(tmp_path), tmp_path))
+    assert caught.value.hint == 'pip install "memplan[train]"'
+    with pytest.raises(RunError, match="needs `torch`, not"):
+        check_trainable(_loaded(tiny_job(tmp_path, "full"), tmp_path))
+
+
+def test_missing_data_is_refused(tmp_path: Path) -> None:
+    """No data and data that is not there are both said before a model is loaded."""
+    job = tiny_job(tmp_path)
+
+    with pytest.raises(DataError, match="names no training data"):
+        check_trainable(_loaded(job.replace(**{"data.train": None}), tmp_path))
+    with pytest.raises(DataError, match=r"`gone\.jsonl` does not exist"):
+        check_trainable(_loaded(job.replace(**{"data.train": "gone.jsonl"}), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "paged_adamw"}, {"loss": "fused"}, {"attention": "flash_attention_2"}]
+)
+def test_what_needs_a_gpu_is_refused_on_the_cpu(changes: dict[str, Any]) -> None:
+    """The remedy is a field to set; on CUDA nothing is refused."""
+    job = Job(model="gpt2", **changes)
+
+    check_device(job, "cuda")
+    with pytest.raises(RunError, match="runs on CUDA only"):
+        check_device(job, "cpu")
+
+
+def test_the_copy_of_the_job_stands_alone(tmp_path: Path) -> None:
+    """Relative paths become absolute, and every field is spelt out and read back."""
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(GPT2))
+    job = Job(model="model").replace(
+        **{"data.train": "train.jsonl", "lora.target_modules": ("c_attn", "c_fc")}
+    )
+
+    alone = self_contained(_loaded(job, tmp_path))
+    write_job(tmp_path / JOB_FILE, alone)
+
+    assert alone.model == str(tmp_path / "model")
+    assert alone.data.train == str(tmp_path / "train.jsonl")
+    assert alone.train.output_dir == str(Path.cwd() / "runs/memplan")
+    assert alone == read_job(tmp_path / JOB_FILE)
+    assert "micro_batch_size" in yaml.safe_load((tmp_path / JOB_FILE).read_text())
+
+
+def test_what_a_resumed_run_may_change() -> None:
+    """What decides memory and length may change; what decides the result may not."""
+    job = Job(model="gpt2", micro_batch_size=4)
+
+    same = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "loss": "chunked", "train.max_steps": 7}
+    assert different_fields(job, job.replace(**same, **{"allocator.expandable_segments": False})) == []
+    assert different_fields(job, job.replace(**{"lora.rank": 8, "train.seed": 1})) == [
+        "lora.rank",
+        "train.seed",
+    ]
+    assert different_fields(job, job.replace(micro_batch_size=2)) == ["global_batch_size"]
+
+
+def test_another_run_is_never_written_over(tmp_path: Path) -> None:
+    """A folder with weights is for resuming its own job; without weights there is nothing to lose."""
+    job = tiny_job(tmp_path)
+    folder = tmp_path / "run"
+    with pytest.raises(RunError, match="no run to resume"):
+        check_folder(folder, job, resume=True)
+    folder.mkdir()
+    write_job(folder / JOB_FILE, job)
+    other = job.replace(**{"lora.rank": 9})
+    check_folder(folder, other, resume=False)
+
+    (folder / "checkpoints" / "step-2").mkdir(parents=True)
+
+    check_folder(folder, job, resume=True)
+    with pytest.raises(RunError, match="already holds a run of this job"):
+        check_folder(folder, job, resume=False)
+    for resume in (False, True):
+        with pytest.raises(RunError, match=r"different job: it differs in `lora\.rank`") as caught:
+            check_folder(folder, other, resume=resume)
+        assert "train.output_dir" in (caught.value.hint or "")
+    (folder / JOB_FILE).unlink()
+    with pytest.raises(RunError, match=r"without its `job\.yaml`"):
+        check_folder(folder, job, resume=False)
+
+
+def test_importing_the_trainer_imports_no_torch() -> None:
+    """The command line can offer `train` on a machine without torch."""
+    probe = "import sys, memplan.train, memplan.train.data\nprint(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": SOURCE}
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True
+    )
+
+    loaded = set(done.stdout.split())
+    assert "memplan.train.data" in loaded
+    assert {"torch", "numpy", "transformers", "tokenizers"}.isdisjoint(loaded)
+
+
+# -- real processes
+
+
+def _launcher(path: Path, *flags: str) -> list[str]:
+    arguments = ", ".join(flags)
+    return [
+        sys.executable,
+        "-c",
+        "import sys\nfrom memplan.job.load import load_job\nfrom memplan.train import launch\n"
+        f"sys.exit(launch(load_job({str(path)!r}), {arguments}))",
+    ]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def _wait_for_steps(folder: Path, process: subprocess.Popen[str], count: int) -> None:
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        time.sleep(0.02)
+
+
+@pytest.mark.torch
+def test_sigterm_saves_and_resuming_is_exact(tmp_path: Path) -> None:
+    """
+    SIGTERM to the launcher finishes the step, saves, says how to go on, and exits with 143. Resumed, the
+    losses are those of a run that nothing disturbed.
+    """
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    from memplan.train.worker import run_job
+
+    job = tiny_job(tmp_path, config=GPT2, train__max_steps=4000, lora__dropout=0.1)
+    path, folder = tmp_path / "job.yaml", tmp_path / "run"
+    write_job(path, job)
+    with subprocess.Popen(_launcher(path), env=_environment(), stderr=subprocess.PIPE, text=True) as process:
+        _wait_for_steps(folder, process, 5)
+        process.send_signal(signal.SIGTERM)
+        _, text = process.communicate(timeout=60)
+    assert process.returncode == 143, text
+    done = max(losses(folder))
+    assert f"interrupted by SIGTERM after step {done}" in text
+    assert f"memplan train {folder / JOB_FILE} --resume" in text
+    assert (folder / "checkpoints" / f"step-{done}").is_dir()
+    record = Record.read(folder)
+    assert record is not None
+    assert record.fields["outcome"] == "interrupted"
+
+    torch.set_num_threads(1)
+    longer = job.replace(**{"train.max_steps": done + 2})
+    assert run_job(prepared(longer), resume=True) == 0
+    whole = prepared(longer.replace(**{"train.output_dir": str(tmp_path / "whole")}))
+    assert run_job(whole) == 0
+    assert losses(whole) == losses(folder)
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    """While one run holds the folder another is refused; afterwards it is free."""
+    with _lock(tmp_path), pytest.raises(RunError, match="another run is writing"), _lock(tmp_path):
+        pass
+    with _lock(tmp_path):
+        pass
+
+
+@pytest.mark.torch
+def test_a_killed_child_is_explained(tmp_path: Path) -> None:
+    """When the system kills the trainer, the launcher says so and the record does not stay `running`."""
+    pytest.importorskip("torch")
+    job = tiny_job(tmp_path, "full", train__max_steps=4000)
+    path, folder = tmp_path / "job.yaml", tmp_path / "run"
+    write_job(path, job)
+    with subprocess.Popen(_launcher(path), env=_environment(), stderr=subprocess.PIPE, text=True) as process:
+        _wait_for_steps(folder, process, 1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        _, text = process.communicate(timeout=60)
+
+    assert process.returncode == 137
+    assert "killed by SIGKILL" in text
+    record = Record.read(folder)
+    assert record is not None
+    assert record.fields["outcome"] == "failed"
