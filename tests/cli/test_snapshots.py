@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from commands import run
 from handmade import make_change, make_result
 
@@ -22,6 +23,7 @@ from memplan.errors import NoLiveGpu
 from memplan.fit.frontier import Frontier
 from memplan.gpu.nvml import NvmlProbe
 from memplan.gpu.probe import GpuProcess, GpuReading
+from memplan.preflight.disk import check_disk
 from memplan.preflight.live import Machine
 from memplan.units import GiB
 
@@ -76,6 +78,8 @@ CASES = {
     "error-field": "estimate job.yaml --set micro_batch=2",
     "error-engine": "estimate job.yaml --engine trace",
 }
+WORDED_BY_TYPER = ("help", "help-fit", "error-flag")
+RECORDED_WITH = "0.29"
 WITH_A_GPU = {
     "preflight-live": "preflight job.yaml",
     "preflight-live-others": "preflight job.yaml --gpu live --wait 3s",
@@ -113,6 +117,9 @@ def stage(quiet_place, monkeypatch):
     monkeypatch.setattr("memplan.preflight.environment.installed_torch_version", lambda: "2.13.0")
     monkeypatch.setattr("memplan.preflight.environment.current_platform", lambda: "linux")
     monkeypatch.setattr("memplan.preflight.disk.shutil", SimpleNamespace(disk_usage=disk_usage))
+    monkeypatch.setattr(
+        "memplan.preflight.run.check_disk", lambda *asked: replace(check_disk(*asked), path="/data")
+    )
     monkeypatch.setattr("memplan.gpu.nvml.NvmlProbe.read", no_driver)
 
 
@@ -144,7 +151,7 @@ def conversation(command):
         f"$ memplan {command}\nexit code: {outcome.code}\n----- stdout -----\n{outcome.stdout}"
         f"----- stderr -----\n{outcome.stderr}"
     )
-    return text.replace(str(Path.cwd()), "[DIR]").replace(memplan.__version__, "[VERSION]")
+    return text.replace(memplan.__version__, "[VERSION]")
 
 
 def check(name, command):
@@ -161,6 +168,8 @@ def check(name, command):
 @pytest.mark.parametrize("name", CASES)
 def test_conversation(name):
     """A command answers as recorded."""
+    if name in WORDED_BY_TYPER and typer.__version__ < RECORDED_WITH:
+        pytest.skip("earlier versions of typer word it differently")
     check(name, CASES[name])
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memplan.cli.options import JobArgument, Overrides, with_job_flags
+from memplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from memplan.preflight.run import Preflight
 
 
 @with_job_flags
@@ -17,7 +21,7 @@ def train(
         bool, typer.Option("--resume", help="Continue from the newest complete checkpoint")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do everything up to the first step of training, then stop")
+        bool, typer.Option("--dry-run", help="Check everything, say what would run, start nothing")
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Start even if the preflight says that it does not fit")
@@ -28,7 +32,7 @@ def train(
     """
     Train a job, after a preflight
 
-    Without a GPU it trains on the CPU and says so. Needs `pip install "memplan[train]"`.
+    Without a GPU it trains on the CPU, and says so. Needs `pip install "memplan[train]"`.
     """
     from memplan.cli.main import report_error
     from memplan.cli.output import note, write_report
@@ -41,11 +45,25 @@ def train(
     check_trainable(loaded)
     architecture, result = plan(loaded)
     found = run_preflight(loaded, architecture, result)
-    words = job_words(job, overrides, flags)
-    write_report(Report(found.result, "preflight", words, job_path(loaded), preflight=found), "text")
     if found.live.gpu is None:
-        note("no GPU here: training runs on the CPU")
-    elif found.exit_code() and not force:
-        report_error("not started: it does not fit", "`--force` starts it all the same")
-        return found.exit_code()
+        note(f"live check: skipped ({found.live.skipped}); without a GPU, training runs on the CPU")
+    else:
+        words = job_words(job, overrides, flags)
+        report = Report(found.result, "preflight", words, job_path(loaded), preflight=found)
+        write_report(report, "text")
+    problem = obstacle(found)
+    if problem is not None and not force:
+        report_error(f"not started: {problem}", "`--force` starts it all the same")
+        return 1
     return launch(loaded, resume=resume, dry_run=dry_run)
+
+
+def obstacle(found: Preflight) -> str | None:
+    """What speaks against starting here: a card that is too small counts only where a card is."""
+    verdict = found.verdict
+    if found.live.gpu is not None and verdict is not None and verdict.state == "does_not_fit":
+        return "it does not fit this GPU"
+    if not found.disk.is_enough:
+        needed, free = format_bytes(found.disk.needed_bytes), format_bytes(found.disk.free_bytes)
+        return f"the run keeps up to {needed} on disk, {free} are free in `{found.disk.path}`"
+    return None
