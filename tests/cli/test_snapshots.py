@@ -32,6 +32,7 @@ JOB = """\
 model: llama-2-7b
 micro_batch_size: 2
 max_seq_len: 4096
+lora: {dtype: bfloat16}
 data: {train: data.jsonl}
 """
 CHANGES = (
@@ -52,7 +53,7 @@ CASES = {
     "estimate-tight": "estimate job.yaml --gpu 23GiB --strict",
     "estimate-does-not-fit": "estimate job.yaml --gpu 20GiB",
     "estimate-margin": "estimate job.yaml --gpu 24GiB --margin 5%",
-    "estimate-lints": "estimate job.yaml --attention eager --loop script --lora-dtype bfloat16",
+    "estimate-lints": "estimate job.yaml --attention eager --loop script",
     "estimate-markdown": "estimate job.yaml --gpu 20GiB --format markdown",
     "estimate-github": "estimate job.yaml --gpu 20GiB --attention eager --format github",
     "estimate-without-a-file": "estimate --model llama-2-7b --gpu 24GiB --format github",

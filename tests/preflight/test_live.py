@@ -236,8 +236,9 @@ def test_what_is_no_duration(text):
 def test_lints_reach_the_warnings_once():
     """What the estimate has warned of is not said again."""
     result = make_result()
-    again = str(preflight(machine(), attention="eager")[0].lints[0])
-    found, _ = preflight(machine(), attention="eager", result=replace(result, warnings=("first", again)))
+    changes = {"attention": "eager", "lora.dtype": "bfloat16"}
+    again = str(preflight(machine(), **changes)[0].lints[0])
+    found, _ = preflight(machine(), result=replace(result, warnings=("first", again)), **changes)
 
     assert ("first", again) == found.result.warnings
 
@@ -249,7 +250,7 @@ def test_the_environment_suits_torch_and_what_is_set():
 
     assert {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} == old.environment.variables
     assert {} == taken.environment.variables
-    assert ["allocator-differs"] == [lint.code for lint in taken.lints]
+    assert "allocator-differs" in [lint.code for lint in taken.lints]
 
 
 def test_a_full_disk_fails_the_preflight(monkeypatch):

@@ -180,7 +180,7 @@ def _adapters(subject: Subject) -> Iterator[Lint]:
     job = subject.job
     if (
         job.method in ("lora", "qlora")
-        and job.loop != "memplan"
+        and job.activation_checkpointing == "none"
         and job.lora.dtype == "float32"
         and DTYPE_BYTES[job.dtype] == 2
         and job.autocast is None

@@ -78,6 +78,7 @@ def hint_line(report: Report) -> tuple[Segment, ...] | None:
     if held and found.result.need_bytes <= found.capacity.usable_bytes + held:
         return (
             ("hint: ", "bold"),
-            f"it would fit without the others; `memplan preflight {report.job_words} --wait 10m` waits for them",
+            "it would fit without the others; "
+            f"`memplan preflight {report.job_words} --wait 10m` waits until they are gone",
         )
     return (("hint: ", "bold"), f"`memplan fit {report.job_words}` finds the smallest change that fits")
