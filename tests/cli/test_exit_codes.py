@@ -11,7 +11,7 @@ A_JOB = "model: gpt2\nmax_seq_len: 64\n"
 BAD_INPUT = [
     # arguments, exit code, phrase on stderr
     (("nope",), 2, "No such command"),
-    (("estimat",), 2, "estimate"),
+    (("estimat",), 2, "No such command 'estimat'"),
     (("--nope",), 2, "No such option"),
     (("estimate",), 2, "`model` is missing"),
     (("estimate", "nope.yaml"), 2, "nope.yaml"),

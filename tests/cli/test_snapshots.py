@@ -65,6 +65,7 @@ CASES = {
     "preflight-without-a-gpu": "preflight job.yaml",
     "preflight-named": "preflight job.yaml --gpu 20GiB",
     "preflight-markdown": "preflight job.yaml --gpu 24GiB --format markdown",
+    "preflight-github": "preflight job.yaml --gpu 24GiB --format github",
     "preflight-live-asked": "preflight job.yaml --gpu live",
     "env": "env job.yaml",
     "env-fish": "env job.yaml --format fish",
@@ -79,6 +80,7 @@ CASES = {
     "error-field": "estimate job.yaml --set micro_batch=2",
     "error-engine": "estimate job.yaml --engine trace",
 }
+FULL_DISK = {"preflight-full-disk", "preflight-full-disk-github"}
 WORDED_BY_TYPER = ("help", "help-fit", "error-flag")
 RECORDED_WITH = "0.29"
 WITH_A_GPU = {
@@ -186,9 +188,19 @@ def test_conversation_with_a_gpu(name, monkeypatch):
     check(name, WITH_A_GPU[name])
 
 
+def test_conversation_with_a_full_disk(monkeypatch):
+    """Without room for its checkpoints a job fails the preflight, though it fits the card."""
+    monkeypatch.setattr(
+        "memplan.preflight.disk.shutil",
+        SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=GiB // 4)),
+    )
+    check("preflight-full-disk", "preflight job.yaml --gpu 24GiB")
+    check("preflight-full-disk-github", "preflight job.yaml --gpu 24GiB --format github")
+
+
 def test_no_snapshot_is_left_over():
     """Each file belongs to a case."""
-    assert {path.stem for path in FOLDER.iterdir()} == CASES.keys() | WITH_A_GPU.keys()
+    assert {path.stem for path in FOLDER.iterdir()} == CASES.keys() | WITH_A_GPU.keys() | FULL_DISK
 
 
 def test_the_same_in_ascii_and_without_colour():

@@ -17,7 +17,7 @@ _LEVELS = {"fits": "notice", "tight": "warning", "does_not_fit": "error", "unkno
 
 
 def annotation_lines(report: Report) -> str:
-    """Workflow commands, one per line: the verdict with its smallest change, then every warning."""
+    """Workflow commands, one per line: the verdict with its smallest change, the checks, every warning."""
     result = report.result
     state, sentence = headline(result)
     text = f"{state}: {sentence}\npeak {peak_moment(result.peak)}: {result.peak.where}"
@@ -26,6 +26,12 @@ def annotation_lines(report: Report) -> str:
         text += f"\nsmallest change: {change.summary} ({set_flags(change.set)})"
     level = _LEVELS[result.verdict.state] if result.verdict else "notice"
     lines = [annotation(level, text, file=report.job_path, title=f"memplan {report.command}")]
+    if report.preflight is not None:
+        from memplan.render.preflight_text import check_lines
+
+        for label, sentence in check_lines(report):
+            level = "error" if label == "disk" and not report.preflight.disk.is_enough else "notice"
+            lines.append(annotation(level, sentence, file=report.job_path, title=f"memplan {label}"))
     for message in result.warnings:
         level = "warning" if is_lint(message) else "notice"
         lines.append(annotation(level, message, file=report.job_path, title="memplan"))

@@ -72,6 +72,8 @@ def hint_line(report: Report) -> tuple[Segment, ...] | None:
     """What to do when it does not fit: wait for others where they are the reason, else change the job."""
     found = report.preflight
     assert found is not None
+    if not found.disk.is_enough:
+        return (("hint: ", "bold"), "free some disk, or set `train.output_dir` to where there is room")
     if found.verdict is None or found.verdict.state != "does_not_fit" or found.capacity is None:
         return None
     held = found.capacity.used_by_others_bytes
