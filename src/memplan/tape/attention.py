@@ -26,21 +26,23 @@ def rotary(g: Graph, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
     return query_embedded, key_embedded
 
 
-def choose_kernel(implementation: str, device: str, dtype: str, masked: bool, head_dim: int) -> str:
+def choose_kernel(
+    implementation: str, device: str, dtype: str, masked: bool, head_dim: int, dropout: bool = False
+) -> str:
     """
     The kernel behind `attention`, for a causal call without explicit mask unless `masked`.
 
     * CUDA, 16-bit, no mask, head_dim <= 256: flash, as torch prefers it on sm80 to sm89 and sm120; on Hopper some
       versions of torch prefer cuDNN, whose workspace is not public.
     * CUDA, float32 or a mask: memory-efficient.
-    * CPU: torch's own flash kernel for all dtypes.
+    * CPU: torch's own flash kernel for all dtypes; with dropout the composite one.
     (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; transformers' flash_attention_2 calls the same kernel of
     the flash-attn package.)
     """
     if implementation == "eager":
         return "eager"
     if device == "cpu":
-        return "flash_cpu"
+        return "math" if dropout else "flash_cpu"
     if implementation == "flash_attention_2":
         return "flash"
     if dtype in ("float16", "bfloat16") and not masked and head_dim <= 256:
@@ -65,7 +67,11 @@ def attention(
     dtype = g.autocast or query.dtype
     if g.autocast:
         query, key, value = cast(g, query, dtype), cast(g, key, dtype), cast(g, value, dtype)
-    kernel = choose_kernel(implementation, g.device, dtype, mask is not None, query.shape[-1])
+    kernel = choose_kernel(
+        implementation, g.device, dtype, mask is not None, query.shape[-1], dropout=probability > 0
+    )
+    if kernel == "math":
+        return _math(g, query, key, value, probability)
     if kernel == "flash":
         out = _flash(g, query, key, value)
     elif kernel == "flash_cpu":
@@ -74,7 +80,7 @@ def attention(
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = _repeat(g, key, groups), _repeat(g, value, groups)
-        out = _efficient(g, query, key, value)
+        out = _efficient(g, query, key, value, padded)
     batch, heads, length, head_dim = query.shape
     del query, key, value
     merged = alias(out, (batch, length, heads * head_dim), transposed=False)
@@ -153,9 +159,19 @@ def _flash_cpu_backward(
     return _attention_gradients(g, node, saved)
 
 
-def _efficient(g: Graph, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """_scaled_dot_product_efficient_attention: output and a float32 log-sum-exp padded to 32 rows."""
+def _efficient(g: Graph, query: Tensor, key: Tensor, value: Tensor, masked: bool) -> Tensor:
+    """
+    _scaled_dot_product_efficient_attention: output and a float32 log-sum-exp padded to 32 rows. A bool mask becomes
+    one in the dtype of the query, (B, 1, S, S) with rows padded to 8 elements, at every call, which backward keeps
+    (convert_boolean_attn_mask and preprocess_mask in aten/src/ATen/native/transformers/attention.cpp).
+    """
     batch, heads, length, _ = query.shape
+    bias = None
+    if masked:
+        padded_length = _round_up(length, 8)
+        bias = g.new((batch, 1, length, length), query.dtype, "attention bias")
+        if padded_length != length:
+            bias = g.new((batch, 1, length, padded_length), query.dtype, "padded attention bias")
     out = g.new(query.shape, query.dtype, "attention output", transposed=True)
     needed = g.needs(query, key, value)
     rows = _round_up(length, 32) if needed else 0
@@ -163,7 +179,7 @@ def _efficient(g: Graph, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     seed = g.new((), "int64", "rng state")
     offset = g.new((), "int64", "rng state")
     if needed:
-        saved = [offset, seed, alias(out), log_sum_exp, value, query, key]
+        saved = [bias, offset, seed, alias(out), log_sum_exp, value, query, key]
         g.record(out, (query, key, value), saved, _efficient_backward)
     return out
 
@@ -230,6 +246,31 @@ def _eager(
     if g.needs(out):
         g.record(copied, (out,), [], _merged_backward, out.shape)
     return copied
+
+
+def _math(g: Graph, query: Tensor, key: Tensor, value: Tensor, probability: float) -> Tensor:
+    """
+    _scaled_dot_product_attention_math: query and key scaled by themselves, a causal mask made per call, scores,
+    softmax and dropout materialised (aten/src/ATen/native/transformers/attention.cpp).
+    """
+    batch, heads, length, head_dim = query.shape
+    scaled_query = scale(g, query, "scaled query")
+    ones = g.new((length, length), "bool", "causal mask")
+    lower = g.new((length, length), "bool", "causal mask")
+    del ones
+    mask = g.new((length, length), query.dtype, "causal mask")
+    del lower
+    groups = heads // key.shape[1]
+    if groups > 1:
+        key, value = _repeat(g, key, groups), _repeat(g, value, groups)
+    scores = softmax(g, batched_matmul(g, scaled_query, scale(g, key, "scaled key"), length), query.dtype)
+    scores = dropout(g, scores, probability)
+    out = batched_matmul(g, scores, value, head_dim)
+    del mask
+    merged = g.new((batch, length, heads * head_dim), out.dtype, "merged heads")
+    if g.needs(out):
+        g.record(merged, (out,), [], _merged_backward, out.shape)
+    return merged
 
 
 def batched_matmul(g: Graph, a: Tensor, b: Tensor, columns: int) -> Tensor:

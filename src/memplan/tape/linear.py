@@ -59,9 +59,10 @@ def autocast_to(g: Graph, tensor: Tensor) -> Tensor:
 
 def matmul(g: Graph, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """x (..., in) times a weight of any orientation: (..., out)."""
-    x, weight = autocast_to(g, x), autocast_to(g, weight)
     if bias is not None:
         bias = autocast_to(g, bias)
+    weight = autocast_to(g, weight)  # the compiler evaluates autocast's arguments from the last to the first
+    x = autocast_to(g, x)
     needed = g.needs(x, weight, bias)
     saved = g.save(x if weight.needs_grad else None, weight if x.needs_grad else None) if needed else None
     g.claim_workspace()

@@ -92,15 +92,18 @@ def _encode(g: Graph, npt: NptModulator, a: Tensor) -> Tensor:
 
 
 def _squared_norm(g: Graph, npt: NptModulator, m: Tensor) -> Tensor:
-    """Squared Frobenius norm of every token's delta, by Gram matrices of r * r elements; tiny, and its graph with it."""
+    """
+    Squared Frobenius norm of every token's delta, by Gram matrices of r * r elements. Its graph keeps `m @ gram` until
+    the block's backward; the rest is smaller than that.
+    """
     rank = npt.a.shape[1]
-    for _ in range(3):
-        gram = g.new((rank, rank), "float32", "Gram matrix")
+    gram = g.new((rank, rank), "float32", "Gram matrix")
     projected = g.new(m.shape, "float32", "norm of delta")
+    del gram
     product = g.new(m.shape, "float32", "norm of delta")
-    out = g.new(m.shape[:-1], "float32", "norm of delta")
-    del gram, projected, product
-    return out
+    norms = g.new(m.shape[:-1], "float32", "norm of delta")
+    del product, norms
+    return projected
 
 
 def _student_mlp(g: Graph, model: Model, block: Block, npt: NptModulator, x: Tensor, m: Tensor, form: str) -> Tensor:
@@ -140,7 +143,6 @@ def _materialised(g: Graph, npt: NptModulator, x: Tensor, m: Tensor, gate: Tenso
     scaled = mul(g, cast(g, npt.a, gate.dtype), _expanded(g, cast(g, m, gate.dtype)), "scaled A")
     delta = _product(g, scaled, cast(g, npt.b, gate.dtype), width, "weight delta")
     applied = _apply_delta(g, x, delta, (*x.shape[:-1], width))
-    del scaled, delta
     return add(g, gate, applied, "modulated gate")
 
 
