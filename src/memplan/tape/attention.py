@@ -60,16 +60,24 @@ def attention(
     mask: Tensor | None,
     probability: float,
     softmax_in_float32: bool = True,
+    padded: bool = False,
+    repeat_heads: bool = False,
 ) -> Tensor:
-    """(B, H, S, D) queries against (B, H_kv, S, D) keys and values: (B, S, H*D), before the output projection."""
+    """
+    (B, H, S, D) queries against (B, H_kv, S, D) keys and values: (B, S, H*D), before the output projection.
+
+    `padded`: sdpa is given a mask; `repeat_heads`: the caller copies key and value heads whatever the kernel takes.
+    """
     if implementation == "eager":
         return _eager(g, query, key, value, mask, probability, softmax_in_float32)
+    groups = query.shape[1] // key.shape[1]
+    if repeat_heads and groups > 1:
+        key, value = _repeat(g, key, groups), _repeat(g, value, groups)
     dtype = g.autocast or query.dtype
-    if g.autocast:
-        query, key, value = cast(g, query, dtype), cast(g, key, dtype), cast(g, value, dtype)
-    kernel = choose_kernel(
-        implementation, g.device, dtype, mask is not None, query.shape[-1], dropout=probability > 0
-    )
+    if implementation == "flash_attention_2" and dtype == "float32" and g.device == "cuda":
+        dtype = "bfloat16"  # fa_peft_integration_check: float32 norms of k-bit preparation made it float32
+    query, key, value = cast(g, query, dtype), cast(g, key, dtype), cast(g, value, dtype)
+    kernel = choose_kernel(implementation, g.device, dtype, padded, query.shape[-1], dropout=probability > 0)
     if kernel == "math":
         return _math(g, query, key, value, probability)
     if kernel == "flash":

@@ -119,11 +119,12 @@ class CheckpointFrame:
     again, up to the last tensor it saved; each recomputed tensor lives until the node that saved it has run.
     """
 
-    __slots__ = ("graph", "num_saved", "recomputed", "rerun")
+    __slots__ = ("graph", "num_saved", "recomputed", "rerun", "rng_state")
 
     def __init__(self, graph: Graph, rerun: Callable[[], Any]) -> None:
         self.graph = graph
         self.rerun = rerun
+        self.rng_state: Storage | None = None
         self.num_saved = 0
         self.recomputed: list[Tensor | None] | None = None
 
@@ -160,6 +161,7 @@ class CheckpointFrame:
             pass
         finally:
             graph.save_hook, graph.grad_enabled, graph.path, graph.category = outer
+            graph.autocast_cache.clear()  # a recomputation enters and leaves autocast by itself
 
 
 class CheckpointSaved(Saved):
@@ -206,7 +208,7 @@ class Graph:
         self.stream = 0
         self.grad_enabled = True
         self.autocast: str | None = None
-        self.autocast_cache: dict[int, Tensor] = {}
+        self.autocast_cache: dict[int, tuple[int | None, Tensor]] = {}
         self.save_hook: Callable[[list[Tensor | None]], Saved] = Saved
         self.sequence = 0
         self.workspaces: set[str] = set()
@@ -222,6 +224,20 @@ class Graph:
         if layer != self.layer:
             self.layer = layer
             self.stretches.append((len(self.events), self.group, layer))
+
+    def leave_autocast(self) -> None:
+        """Casts of weights live until autocast ends, unless the graph keeps them; dropped block by block."""
+        if not self.autocast_cache:
+            return
+        outer_group, outer_layer = self.group, self.layer
+        self.begin(f"autocast cache {len(self.stretches)}")
+        cached, self.autocast_cache = self.autocast_cache, {}
+        while cached:
+            key = next(iter(cached))
+            self.enter(cached[key][0])
+            del cached[key]
+        self.begin(f"{outer_group}'")
+        self.enter(outer_layer)
 
     def begin(self, group: str) -> None:
         """A new group of stretches: part of a phase that visits each block at most once, in order or in reverse."""
@@ -356,17 +372,29 @@ class Graph:
         self.grad_enabled, self.in_backward = False, True
         root = loss.node
         assert root is not None
-        dependencies = _count_dependencies(root)
         self.enter(root.layer)
         self.claim_workspace()
         self.category = root.category
         buffers: dict[Node | Parameter, dict[int, Tensor]] = {
             root: {0: self.new((), loss.dtype, "grad of loss")}
         }
-        ready = [(-root.sequence, 0, root)]
-        visited: int | None = root.layer
+        visited = root.layer
         if self.units is not None:
             self.units.visit_backward(visited)
+        visited = self._run_from(root, buffers)
+        if self.units is not None:
+            self.units.leave_backward(visited)
+            self.enter(None)
+            self.units.end_backward()
+        self.in_backward = False
+        self.path, self.category, self.grad_enabled = outer_path, outer_category, outer_grad
+        self.enter(outer_layer)
+
+    def _run_from(self, root: Node, buffers: dict[Node | Parameter, dict[int, Tensor]]) -> int | None:
+        """Run the graph that ends in `root`, whose gradients are in `buffers`; returns the block visited last."""
+        dependencies = _count_dependencies(root)
+        ready = [(-root.sequence, 0, root)]
+        visited = root.layer
         while ready:
             node = heappop(ready)[2]
             if self.units is not None and node.layer != visited:
@@ -400,13 +428,12 @@ class Graph:
                 if not dependencies[target]:
                     heappush(ready, (-target.sequence, 0, target))
             node.edges = []
-        if self.units is not None:
-            self.units.leave_backward(visited)
-            self.enter(None)
-            self.units.end_backward()
-        self.in_backward = False
-        self.path, self.category, self.grad_enabled = outer_path, outer_category, outer_grad
-        self.enter(outer_layer)
+        return visited
+
+    def backward_from(self, output: Tensor, gradient: Tensor) -> None:
+        """A backward inside a backward, as reentrant checkpointing runs it; the caller keeps both arguments."""
+        assert output.node is not None
+        self._run_from(output.node, {output.node: {output.slot: gradient}})
 
     def _run(self, node: Node, gradients: dict[int, Tensor]) -> Gradients:
         saved = node.saved
@@ -443,7 +470,8 @@ class Graph:
             return
         if not _held_once(gradient):
             gradient = self.new(gradient.shape, gradient.dtype, "grad")
-        self.recategorize(gradient, "gradients", f"{parameter.name} grad")
+        if parameter.name:
+            self.recategorize(gradient, "gradients", f"{parameter.name} grad")
         parameter.grad = gradient
 
 

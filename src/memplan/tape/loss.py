@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.tape.engine import Gradients, Graph, Node, Tensor
 from memplan.tape.linear import Linear, autocast_to
 from memplan.tape.ops import alias, cast
@@ -43,23 +45,31 @@ def shifted_labels(g: Graph, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def full_loss(
-    g: Graph, logits: Tensor, labels: Tensor, *, upcast: bool = True, shift_logits: bool = False
+    g: Graph,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    upcast: bool = True,
+    shift_logits: bool = False,
+    kernel: Callable[[Graph, Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Tensor:
     """
     The loss of (B, S, V) logits. The caller decides how long the logits themselves live.
 
-    `shift_logits`: transformers before 4.49 copied all but the last position instead of shifting the labels.
+    `shift_logits`: transformers before 4.49 copied the float32 logits without the last position instead of shifting
+    the labels, and held both while the loss was computed.
     """
     if upcast:
         logits = cast(g, logits, "float32")
     batch, length, vocabulary = logits.shape
     if shift_logits:
         labels = g.new((batch * (length - 1),), "int64", "shifted labels")
-        logits = _drop_last_position(g, logits)
+        shifted = _drop_last_position(g, logits)
     else:
         padded, labels = shifted_labels(g, labels)
-    flat = _flatten(g, logits)
-    loss = cross_entropy(g, flat, labels)
+        shifted = logits
+    flat = _flatten(g, shifted)
+    loss = kernel(g, flat, labels)
     del flat
     return loss
 
@@ -76,8 +86,10 @@ def _unflatten(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tenso
 
 
 def _drop_last_position(g: Graph, logits: Tensor) -> Tensor:
+    """`logits[..., :-1, :].contiguous()`: a copy, unless there is one sequence only."""
     batch, length, vocabulary = logits.shape
-    out = g.new((batch, length - 1, vocabulary), logits.dtype, "shifted logits")
+    shape = (batch, length - 1, vocabulary)
+    out = alias(logits, shape) if batch == 1 else g.new(shape, logits.dtype, "shifted logits")
     if g.needs(logits):
         g.record(out, (logits,), [], _restore_last_position, logits.shape)
     return out

@@ -6,10 +6,13 @@ order, same local variables, so that what they hold is held as long.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 from memplan.tape.attention import attention, rotary
-from memplan.tape.engine import ITEMSIZE, CheckpointFrame, Graph, Parameter, Tensor
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.engine import ITEMSIZE, CheckpointFrame, Gradients, Graph, Node, Parameter, Tensor
+from memplan.tape.kernels import triton_rms_norm, triton_rotary
 from memplan.tape.linear import linear
 from memplan.tape.model import Block, Model
 from memplan.tape.ops import (
@@ -33,20 +36,18 @@ from memplan.tape.ops import (
 )
 
 
+CPU_RNG_STATE_BYTES = 5056
+"""torch.get_rng_state(), which checkpointing keeps per block; on the host, so that it counts only on the CPU."""
+
+
 class Settings:
     """What the programs need to know of the job."""
 
     def __init__(
-        self,
-        attention: str,
-        *,
-        use_cache: bool = False,
-        input_gradients: bool = False,
-        offload_inputs: bool = False,
+        self, attention: str, behaviour: Behaviour | None = None, *, offload_inputs: bool = False
     ) -> None:
         self.attention = attention
-        self.use_cache = use_cache
-        self.input_gradients = input_gradients
+        self.behaviour = behaviour or Behaviour()
         self.offload_inputs = offload_inputs
         self.host_bytes = 0
         self.cache: list[tuple[int, Tensor]] = []
@@ -86,6 +87,8 @@ def _checkpointed(
     g: Graph, block: Block, hidden: Tensor, run: Callable[[Block, Tensor], Tensor], settings: Settings
 ) -> Tensor:
     path = g.path
+    if settings.behaviour.reentrant:
+        return _checkpointed_reentrant(g, block, hidden, run)
     if settings.offload_inputs:
         # The input goes to the host and comes back for the recomputation.
         settings.host_bytes += prod(hidden.shape) * ITEMSIZE[hidden.dtype]
@@ -105,11 +108,52 @@ def _checkpointed(
             run(block, hidden)
 
     frame = CheckpointFrame(g, rerun)
+    if g.device == "cpu":
+        frame.rng_state = g.storage(CPU_RNG_STATE_BYTES, "random state")
     outer, g.save_hook = g.save_hook, frame.pack
     try:
         return run(block, hidden)
     finally:
         g.save_hook = outer
+
+
+def _checkpointed_reentrant(
+    g: Graph, block: Block, hidden: Tensor, run: Callable[[Block, Tensor], Tensor]
+) -> Tensor:
+    """
+    torch.utils.checkpoint with use_reentrant=True (CheckpointFunction): forward without a graph; backward runs the
+    whole block again and then its graph, and holds the block's output and its gradient until both are done.
+    """
+    path = g.path
+    with g.no_grad():
+        out = run(block, hidden)
+    if g.needs(hidden):
+        g.record(out, (hidden,), [hidden], partial(_reentrant_backward, path=path, block=block, run=run))
+    return out
+
+
+def _reentrant_backward(
+    g: Graph,
+    node: Node,
+    gradients: dict[int, Tensor],
+    saved: list[Tensor | None],
+    *,
+    path: str,
+    block: Block,
+    run: Callable[[Block, Tensor], Tensor],
+) -> Gradients:
+    x = saved[0]
+    assert x is not None and x.storage is not None
+    leaf = Parameter("", x.shape, x.dtype, x.storage, block.layer, trainable=True)
+    outer = g.path, g.category
+    g.path, g.category, g.grad_enabled = path, "activations", True
+    output = run(block, leaf)
+    g.leave_autocast()
+    g.grad_enabled = False
+    g.backward_from(output, gradients[0])
+    g.path, g.category = outer
+    gradient, leaf.grad = leaf.grad, None
+    return [gradient]
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -129,7 +173,7 @@ def _llama_decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> T
     architecture = model.architecture
     with g.module("model"):
         inputs_embeds = embedding(g, ids, model.embedding)
-        if settings.input_gradients:
+        if settings.behaviour.input_gradients:
             inputs_embeds = _leaf(inputs_embeds)
         length = ids.shape[1]
         position_ids = _positions(g, length)
@@ -140,9 +184,13 @@ def _llama_decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> T
             hidden = run_blocks(g, model, hidden, settings, lambda block, x: _llama_block(g, model, block, x, cos, sin, mask, settings)
             )
         with g.module("norm"):
-            hidden = rms_norm(g, hidden, model.final_norm["weight"])
+            hidden = _norm(g, hidden, model.final_norm["weight"], settings)
         del position_ids
         return hidden
+
+
+def _norm(g: Graph, x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+    return (triton_rms_norm if settings.behaviour.triton_norm else rms_norm)(g, x, weight)
 
 
 def _positions(g: Graph, length: int) -> Tensor:
@@ -194,12 +242,12 @@ def _llama_block(
         )
     residual = hidden
     with g.module("input_layernorm"):
-        hidden = rms_norm(g, hidden, block.norms["input_layernorm.weight"])
+        hidden = _norm(g, hidden, block.norms["input_layernorm.weight"], settings)
     hidden = llama_attention(g, model, block, hidden, cos, sin, mask, settings)
     hidden = add(g, residual, hidden, "residual stream")
     residual = hidden
     with g.module("post_attention_layernorm"):
-        hidden = rms_norm(g, hidden, block.norms["post_attention_layernorm.weight"])
+        hidden = _norm(g, hidden, block.norms["post_attention_layernorm.weight"], settings)
     hidden = gated_mlp(g, block, hidden)
     hidden = add(g, residual, hidden, "residual stream")
     return hidden
@@ -220,31 +268,37 @@ def llama_attention(
         architecture.num_attention_heads, architecture.num_key_value_heads, architecture.head_dim,
     )  # fmt: skip
     if architecture.qk_norm:
-        query = _normed_heads(g, block, hidden, "q", heads, head_dim)
-        key = _normed_heads(g, block, hidden, "k", kv_heads, head_dim)
+        query = _normed_heads(g, block, hidden, "q", heads, head_dim, settings)
+        key = _normed_heads(g, block, hidden, "k", kv_heads, head_dim, settings)
     else:
         query = split_heads(g, linear(g, hidden, linears["self_attn.q_proj"]), heads, head_dim)
         key = split_heads(g, linear(g, hidden, linears["self_attn.k_proj"]), kv_heads, head_dim)
     value = split_heads(g, linear(g, hidden, linears["self_attn.v_proj"]), kv_heads, head_dim)
     with g.module("self_attn"):
-        query, key = rotary(g, query, key, cos, sin)
-        if settings.use_cache:
+        if settings.behaviour.triton_rotary:
+            query, key = triton_rotary(g, query), triton_rotary(g, key)
+        else:
+            query, key = rotary(g, query, key, cos, sin)
+        if settings.behaviour.use_cache:
             key, value = _cached(g, block, key, settings), _cached(g, block, value, settings)
         output = attention(
             g, query, key, value,
             implementation=settings.attention, mask=mask, probability=architecture.attention_dropout,
+            padded=settings.behaviour.padding_mask, repeat_heads=settings.behaviour.repeat_key_heads,
         )  # fmt: skip
     output = linear(g, output, linears["self_attn.o_proj"])
     return output
 
 
-def _normed_heads(g: Graph, block: Block, hidden: Tensor, which: str, heads: int, head_dim: int) -> Tensor:
+def _normed_heads(
+    g: Graph, block: Block, hidden: Tensor, which: str, heads: int, head_dim: int, settings: Settings
+) -> Tensor:
     projected = linear(g, hidden, block.linears[f"self_attn.{which}_proj"])
     batch, length, _ = projected.shape
     with g.module(f"self_attn.{which}_norm"):
         per_head = reshape(g, projected, (batch, length, heads, head_dim))
         del projected
-        return swap_heads(g, rms_norm(g, per_head, block.norms[f"self_attn.{which}_norm.weight"]))
+        return swap_heads(g, _norm(g, per_head, block.norms[f"self_attn.{which}_norm.weight"], settings))
 
 
 def _cached(g: Graph, block: Block, states: Tensor, settings: Settings) -> Tensor:
@@ -292,7 +346,7 @@ def _gpt2_decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Te
     with g.module("transformer"):
         with g.module("wte"):
             inputs_embeds = embedding(g, ids, model.embedding)
-        if settings.input_gradients:
+        if settings.behaviour.input_gradients:
             inputs_embeds = _leaf(inputs_embeds)
         position_ids = alias(_positions(g, ids.shape[1]), (1, ids.shape[1]))
         with g.module("wpe"):
@@ -336,12 +390,12 @@ def gpt2_attention(
     query, key, value = _split_three(g, projected, heads, head_dim)
     del projected
     with g.module("attn"):
-        if settings.use_cache:
+        if settings.behaviour.use_cache:
             key, value = _cached(g, block, key, settings), _cached(g, block, value, settings)
         output = attention(
             g, query, key, value,
             implementation=settings.attention, mask=mask, probability=architecture.attention_dropout,
-            softmax_in_float32=False,
+            softmax_in_float32=False, padded=settings.behaviour.padding_mask,
         )  # fmt: skip
     output = linear(g, output, block.linears["attn.c_proj"])
     output = dropout(g, output, architecture.residual_dropout)

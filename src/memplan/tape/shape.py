@@ -6,58 +6,22 @@ The programs run over a few blocks per kind of block; repeat.py writes the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from memplan.errors import UnknownModel
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
+from memplan.tape.behaviour import Behaviour as Behaviour
 from memplan.tape.engine import Graph, Tensor
+from memplan.tape.kernels import liger_loss, triton_cross_entropy
 from memplan.tape.linear import linear
-from memplan.tape.loss import chunked_loss, full_loss
+from memplan.tape.loss import chunked_loss, cross_entropy, full_loss
 from memplan.tape.model import Builder, Model
+from memplan.tape.ops import cast
 from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.programs import Settings, decoder
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
-CUBLAS_WORKSPACE_BYTES = 8_519_680
-"""Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
-CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """
-    What the software that runs the job does, where versions and loops differ. Sources beside each field.
-
-    `for_job` gives that of the versions memplan plans for; a comparison with an older run sets its own.
-    """
-
-    hold_logits: bool = False
-    """The model's output lives through backward, until the next step's replaces it: a script that keeps `out`."""
-    hold_hidden: bool = False
-    """The last hidden states live until the loss is there: locals of transformers' `forward`."""
-    shift_logits: bool = False
-    """transformers before 4.49 copied the float32 logits without the last position (loss_utils.py)."""
-    upcast_logits: bool = True
-    """float32 copy of the logits before the loss (transformers: always; a loss kernel of its own may not)."""
-    use_cache: bool = False
-    """A DynamicCache is filled during training: `use_cache` left at its default and no checkpointing."""
-    input_gradients: bool = False
-    """enable_input_require_grads, which peft's and TRL's recipes call for checkpointing."""
-    cublas_workspace_bytes: int = CUBLAS_WORKSPACE_BYTES
-
-    @staticmethod
-    def for_job(job: Job) -> Behaviour:
-        """The loop that the job names, in the versions at hand."""
-        if job.loop == "script":
-            return Behaviour(
-                hold_logits=True,
-                hold_hidden=True,
-                use_cache=job.activation_checkpointing == "none",
-            )
-        if job.loop == "hf_trainer":
-            return Behaviour(hold_hidden=True)
-        return Behaviour()
 
 
 @dataclass
@@ -90,6 +54,9 @@ def record(
             hint=f"families with a program: {', '.join(FAMILIES)}",
         )
     behaviour = behaviour or Behaviour.for_job(job)
+    if job.method == "npt":
+        # Converted models train in eval mode: a teacher with dropout is a noisy one.
+        architecture = replace(architecture, attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0)
     g = Graph(device)
     if device == "cuda":
         g.workspace_bytes = behaviour.cublas_workspace_bytes
@@ -142,12 +109,7 @@ class Loop:
         self.model = model
         self.behaviour = behaviour
         self.recording = recording
-        self.settings = Settings(
-            job.attention,
-            use_cache=behaviour.use_cache,
-            input_gradients=behaviour.input_gradients,
-            offload_inputs=job.activation_offload,
-        )
+        self.settings = Settings(job.attention, behaviour, offload_inputs=job.activation_offload)
         self.batch: tuple[Tensor, Tensor] | None = None
         self.output: Tensor | None = None
         self.held_cache: list[tuple[int, Tensor]] = []
@@ -159,10 +121,10 @@ class Loop:
             recording.mark("forward", number)
             loss = self.forward(f"{number}.{micro}")
             if loss is not None:
+                self.g.leave_autocast()  # casts of weights live until autocast ends; the graph keeps its own
                 recording.mark("backward", number)
                 self.g.begin(f"backward {number}.{micro}")
                 self.g.backward(loss)
-                self.g.autocast_cache.clear()
                 del loss
         recording.mark("optimizer_step", number)
         optimizer.step(number)
@@ -191,13 +153,23 @@ class Loop:
     def loss(self, held: list[Tensor], labels: Tensor) -> Tensor:
         """`held` is the only reference to the hidden states, so that they can go as early as the loop lets them."""
         g, behaviour, head = self.g, self.behaviour, self.model.head
-        if self.job.loss in ("chunked", "fused"):
+        if self.job.loss == "chunked":
             return chunked_loss(g, held.pop(), head, labels)
+        if self.job.loss == "fused":
+            hidden = held.pop()
+            return liger_loss(g, hidden, head, labels, before_0_5=behaviour.liger_before_0_5)
         logits = linear(g, held[0], head)
+        if behaviour.float_logits:
+            logits = cast(g, logits, "float32")
         if not behaviour.hold_hidden:
             held.pop()
         loss = full_loss(
-            g, logits, labels, upcast=behaviour.upcast_logits, shift_logits=behaviour.shift_logits
+            g,
+            logits,
+            labels,
+            upcast=behaviour.upcast_logits,
+            shift_logits=behaviour.shift_logits,
+            kernel=triton_cross_entropy if behaviour.triton_loss else cross_entropy,
         )
         if behaviour.hold_logits:
             self.replace_output(logits)

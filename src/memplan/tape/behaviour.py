@@ -1,0 +1,110 @@
+"""What the software that runs a job does where versions, loops and kernels differ, each with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from memplan.job.spec import Job
+
+CUBLAS_WORKSPACE_BYTES = 8_519_680
+"""Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
+
+KERNELS = ("triton_loss", "triton_norm", "triton_rotary", "fused_lora")
+"""Replacements of transformers' operations that a case may name; all of tape/kernels.py and tape/fused_lora.py."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """
+    What the software that runs the job does, where versions and loops differ. Sources beside each field.
+
+    `for_job` gives that of the versions memplan plans for; `for_software` that of named versions.
+    """
+
+    hold_logits: bool = False
+    """The model's output lives through backward, until the next step's replaces it: a script that keeps `out`."""
+    hold_hidden: bool = False
+    """The last hidden states live until the loss is there: locals of transformers' `forward`."""
+    shift_logits: bool = False
+    """
+    The loss is of a copy of the float32 logits without the last position, both held: transformers before 4.49
+    (loss_utils.py; before 4.46 in each model's `forward`).
+    """
+    float_logits: bool = False
+    """`forward` itself makes the logits float32 and drops the 16-bit ones: transformers before 4.46."""
+    upcast_logits: bool = True
+    """float32 copy of the logits before the loss (transformers: always; a loss kernel of its own may not)."""
+    use_cache: bool = False
+    """A DynamicCache is filled during training: `use_cache` left at its default and no checkpointing."""
+    input_gradients: bool = False
+    """enable_input_require_grads, which peft's and TRL's recipes call for checkpointing."""
+    reentrant: bool = False
+    """Checkpointing with use_reentrant=True, transformers' default before 5 (gradient_checkpointing_enable)."""
+    repeat_key_heads: bool = False
+    """flash_attention_2 gets a key and value head per query head: MistralFlashAttention2 before 4.48."""
+    padding_mask: bool = False
+    """Batches are padded, so that sdpa is given a mask and takes the memory-efficient kernel."""
+    triton_loss: bool = False
+    triton_norm: bool = False
+    triton_rotary: bool = False
+    """Kernels of tape/kernels.py in place of transformers' operations."""
+    fused_lora: bool = False
+    """Unsloth's LoRA operations over 4-bit layers (tape/fused_lora.py)."""
+    liger_before_0_5: bool = False
+    """Liger's fused loss in its first form (tape/kernels.py)."""
+    cublas_workspace_bytes: int = CUBLAS_WORKSPACE_BYTES
+
+    @staticmethod
+    def for_job(job: Job) -> Behaviour:
+        """The loop that the job names, in the versions at hand."""
+        if job.loop == "script":
+            return Behaviour(
+                hold_logits=True,
+                hold_hidden=True,
+                use_cache=job.activation_checkpointing == "none",
+            )
+        if job.loop == "hf_trainer":
+            return Behaviour(hold_hidden=True)
+        return Behaviour()
+
+    @staticmethod
+    def for_software(
+        job: Job,
+        versions: Mapping[str, str],
+        *,
+        family: str,
+        kernels: Collection[str] = (),
+        padded: bool = False,
+    ) -> Behaviour:
+        """
+        The loop that the job names, in these versions (`transformers`, ...; one not named is that at hand).
+
+        `family` is the model's `model_type`; `kernels` are of KERNELS; `padded`: batches hold padding.
+        """
+        transformers = _version(versions.get("transformers", "5"))
+        adapters = job.method in ("lora", "qlora")
+        checkpointing = job.activation_checkpointing != "none"
+        return replace(
+            Behaviour.for_job(job),
+            shift_logits=transformers < (4, 49),
+            float_logits=transformers < (4, 46),
+            # peft's PeftModel and prepare_model_for_kbit_training both call it where checkpointing is on.
+            input_gradients=adapters and checkpointing,
+            reentrant=checkpointing and transformers < (5,),
+            repeat_key_heads=family == "mistral" and transformers < (4, 48),
+            padding_mask=padded,
+            liger_before_0_5=transformers < (4, 49),
+            **dict.fromkeys(kernels, True),
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """
+    The numbers of a version.
+
+    >>> _version("4.45.2")
+    (4, 45, 2)
+    """
+    return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())

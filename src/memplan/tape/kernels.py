@@ -1,0 +1,136 @@
+"""
+Kernels that replace operations of transformers: Triton's for the loss, norms and rotary positions, as Unsloth wrote
+them and others copied, and Liger's fused head and loss.
+
+They save little and write results and gradients over their arguments.
+(fms-acceleration, plugins/fused-ops-and-kernels/src/fms_acceleration_foak/{kernels/unsloth,fused_ops/liger_ce};
+linkedin/Liger-Kernel, src/liger_kernel/ops/fused_linear_cross_entropy.py)
+"""
+
+from __future__ import annotations
+
+from memplan.tape.engine import Gradients, Graph, Node, Tensor
+from memplan.tape.linear import Linear, autocast_to
+from memplan.tape.ops import alias
+
+MAX_FUSED_SIZE = 65536
+"""Widest row that one Triton program reads; wider vocabularies go in parts of it."""
+
+
+def triton_cross_entropy(g: Graph, logits: Tensor, labels: Tensor) -> Tensor:
+    """Fast_CrossEntropyLoss over (N, V): saves the logits; backward writes their gradient over them."""
+    num_rows, vocabulary = logits.shape
+    parts = -(-vocabulary // MAX_FUSED_SIZE)
+    losses = g.new((num_rows,), "float32", "losses")
+    log_sum_exp = g.new((num_rows, parts), "float32", "log-sum-exp of parts")
+    if parts > 1:
+        log_sum_exp = g.new((num_rows,), "float32", "log-sum-exp")
+    if g.needs(logits):
+        g.record(losses, (logits,), [logits, log_sum_exp, labels], _triton_cross_entropy_backward)
+    total = g.new((), "float32", "sum of losses")
+    if g.needs(losses):
+        g.record(total, (losses,), [], _expand_backward)
+    loss = g.new((), "float32", "loss")
+    if g.needs(total):
+        g.record(loss, (total,), [], _same_backward)
+    return loss
+
+
+def _expand_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
+    """The gradient of a sum is expanded, a view."""
+    return [alias(gradients[0], node.metadata[0][0])]
+
+
+def _same_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
+    return [gradients[0]]
+
+
+def _triton_cross_entropy_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
+    assert saved[0] is not None
+    return [alias(saved[0])]
+
+
+def triton_rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
+    """Fast_RMS_Layernorm: saves x and a float32 per row; backward writes over the gradient it is given."""
+    out = g.new(x.shape, x.dtype, "output")
+    rows = g.new((*x.shape[:-1], 1), "float32", "reciprocal root mean square")
+    if g.needs(x):
+        g.record(out, (x,), [x, weight, rows], _overwritten_backward)
+    return out
+
+
+def triton_rotary(g: Graph, x: Tensor) -> Tensor:
+    """Fast_RoPE_Embedding of (B, H, S, D): written over x, and over the gradient in backward."""
+    out = alias(x)
+    if g.needs(x):
+        g.record(out, (x,), [], _overwritten_backward)
+    return out
+
+
+def _overwritten_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
+    return [alias(gradients[0])]
+
+
+def liger_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor, *, before_0_5: bool = False) -> Tensor:
+    """
+    LigerFusedLinearCrossEntropy over (B, S, d): head and loss for a chunk of tokens at a time, their gradients in
+    forward. A chunk has as many tokens as make its logits about as large as the hidden states, rounded up to a power
+    of two. Before 0.5 the hidden states were copied without the last position, and a chunk's logits to float32, back,
+    and once more to be scaled.
+    """
+    weight: Tensor | None = head.weight
+    assert weight is not None
+    batch, length, width = hidden.shape
+    dtype = g.autocast or hidden.dtype
+    shape = (batch, length - 1 if before_0_5 else length, width)
+    num_tokens = shape[0] * shape[1]
+    shifted = g.new(shape, hidden.dtype, "shifted hidden states") if before_0_5 else None
+    weight = autocast_to(g, weight)
+    grad_weight = g.new(weight.shape, weight.dtype, "grad of head") if weight.needs_grad else None
+    grad_hidden = g.new((num_tokens, width), hidden.dtype, "grad of hidden states")
+    losses = g.new((num_tokens,), "float32", "losses")
+    chunk_tokens = _power_of_two(-(-num_tokens // -(-head.out_features // width)))
+    logits = gradient = None
+    for start in range(0, num_tokens, chunk_tokens):
+        chunk = (min(chunk_tokens, num_tokens - start), head.out_features)
+        fresh = g.new(chunk, dtype, "logits of a chunk")
+        logits, fresh = fresh, None
+        if before_0_5:
+            scores = g.new(chunk, "float32", "logits of a chunk in float32")
+            logits = None
+            logits = g.new(chunk, dtype, "grad of a chunk's logits")
+            del scores
+            fresh = g.new(chunk, dtype, "scaled grad of a chunk's logits")
+            gradient, fresh = fresh, None
+        part = g.new((chunk[0], width), dtype, "grad of a chunk's hidden states")
+        del part
+    loss = g.new((), "float32", "loss")
+    del losses, logits, gradient
+    if g.needs(hidden, weight):
+        g.record(loss, (hidden, weight), [grad_hidden, grad_weight], _liger_backward, shape)
+    del shifted
+    return loss
+
+
+def _power_of_two(value: int) -> int:
+    """The next power of two, as triton.next_power_of_2."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _liger_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
+    """The stored gradients, scaled in place; that of a shifted copy is written into zeros of the whole."""
+    grad_hidden, grad_weight = saved
+    assert grad_hidden is not None
+    outputs: Gradients = [None, None if grad_weight is None else alias(grad_weight)]
+    shape, dtype = node.metadata[0]
+    if node.edges[0] is not None:
+        outputs[0] = (
+            alias(grad_hidden, shape) if shape == node.extra else g.new(shape, dtype, "grad of all positions")
+        )
+    return outputs
