@@ -107,12 +107,10 @@ def _docs_files() -> list[Path]:
     package = Path(memplan.__file__).parent
     shipped = package / "profiles" / "text"
     checkout = package.parent.parent
-    files = sorted(shipped.glob("*.md"))
+    files = list(shipped.glob("*.md"))
     if not files and (checkout / "pyproject.toml").exists():
-        files = sorted((checkout / "docs").glob("*.md"))
-        readme = checkout / "README.md"
-        if readme.exists():
-            files.append(readme)
+        files = [*(checkout / "docs").glob("*.md"), *checkout.glob("README.md")]
+    files.sort(key=lambda path: path.name)
     if not files:
         raise DataError(
             f"this installation holds no documentation to train on ({shipped})",
