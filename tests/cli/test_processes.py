@@ -62,6 +62,28 @@ def test_planning_imports_nothing_heavy(arguments):
     assert set() == HEAVY & loaded
 
 
+def test_counting_truncated_samples_imports_nothing_heavy(tmp_path):
+    """With the data at hand, a shorter sequence says how many samples it cuts, still without torch."""
+    rows = ['{"text": "short"}', '{"text": "' + "x" * 1000 + '"}']
+    (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
+    asked = [
+        "--model",
+        "gpt2",
+        "--weights",
+        "random",
+        "--max-seq-len",
+        "1024",
+        "--set",
+        "data.train=data.jsonl",
+    ]
+    need_bytes = json.loads(run("estimate", *asked, "--format", "json").stdout)["need_bytes"]
+    arguments = ["fit", *asked, "--gpu", f"{need_bytes * 85 // 100 // 1024}KiB"]
+    loaded = modules_loaded_by(f"from memplan.cli import main\ncode = main({arguments!r})")
+
+    assert "truncates 1 of 2 samples" in run(*arguments).stdout
+    assert set() == HEAVY & loaded
+
+
 @pytest.mark.parametrize("module", ["pydantic", "rich", "sqlite3"])
 def test_the_probe_can_see_an_import(module):
     """Meta-test: a probe that sees nothing would make the test above pass for ever."""
