@@ -10,8 +10,8 @@ Every error that a person sees, in one tree.
   + DataError          the training data is missing, empty or unreadable          exit code 2
   + RunError           training could not start, continue or save                 exit code 2
 
-A message is one sentence that says what is wrong, with the value and the limit. `hint` says what to do about it: a
-command or a field to change. Only the command line prints them.
+A message is one sentence that says what is wrong, with the value and the limit. `hint` says what to do about
+it: a command or a field to change. Only the command line prints them.
 """
 
 from __future__ import annotations

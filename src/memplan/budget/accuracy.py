@@ -14,8 +14,9 @@ _FILE = Path(__file__).parent.parent / "profiles" / "accuracy.json"
 
 def error_band(job: Job, need_bytes: int, non_torch_bytes: int) -> ErrorBand:
     """
-    Where the truth lies: the recorded errors of jobs of this method (of all, where too few were recorded), applied to
-    what is inside torch's allocator. `profiles/accuracy.json` is written by `python -m benchmarks.accuracy`.
+    Where the truth lies: the recorded errors of jobs of this method (of all, where too few were recorded),
+    applied to what is inside torch's allocator. `profiles/accuracy.json` is written by `python -m
+    benchmarks.accuracy`.
     """
     recorded: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
     key = "sharded" if job.world_size > 1 else job.method

@@ -25,8 +25,8 @@ class Snapshot:
 
     def lines(self, allocated_bytes: int) -> tuple[Line, ...]:
         """
-        Bytes by category, largest first; they sum to `allocated_bytes`. Blocks that were not split because little
-        would have been left are larger than what they hold: that slack is counted as workspace.
+        Bytes by category, largest first; they sum to `allocated_bytes`. Blocks that were not split because
+        little would have been left are larger than what they hold: that slack is counted as workspace.
         """
         slack = allocated_bytes - sum(self.by_category.values())
         lines = []
@@ -61,7 +61,9 @@ def snapshots(tape: Tape, expansion: Expansion, events: Sequence[int], unit: int
 
 
 def timeline(tape: Tape) -> tuple[tuple[str, int, int], ...]:
-    """(phase, step, largest live bytes) of stretches of the tape: about TIMELINE_POINTS, at least one per phase."""
+    """
+    (phase, step, largest live bytes) of stretches of the tape: about TIMELINE_POINTS, at least one per phase.
+    """
     changes = [*tape.sizes, *(-size for size in reversed(tape.sizes[1:]))]
     live = list(accumulate(map(changes.__getitem__, tape.events)))
     stride = max(1, len(live) // TIMELINE_POINTS)

@@ -1,4 +1,6 @@
-"""From a job to its result: tape, replay, and what was alive at the peak. Pure: same job, same bytes, anywhere."""
+"""
+From a job to its result: tape, replay, and what was alive at the peak. Pure: same job, same bytes, anywhere.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ def estimate(
     """
     Where every byte of the job goes, on the fullest rank.
 
-    `device="cpu"` plans a run on the CPU: other kernels, no caching allocator, nothing outside torch; need, allocated
-    and reserved are then one number. Raises UnknownModel, JobError.
+    `device="cpu"` plans a run on the CPU: other kernels, no caching allocator, nothing outside torch; need,
+    allocated and reserved are then one number. Raises UnknownModel, JobError.
     """
     expansion = write_tape(job, architecture, device=device, behaviour=behaviour)
     tape = expansion.flatten()
@@ -44,7 +46,13 @@ def estimate(
     unit = BLOCK_BYTES if device == "cuda" else 1
     states = snapshots(tape, expansion, [peak.event for peak in measured.phases], unit)
     phases = tuple(
-        PhaseLine(peak.phase, peak.step, peak.allocated_bytes, peak.reserved_bytes, state.lines(peak.allocated_bytes))
+        PhaseLine(
+            peak.phase,
+            peak.step,
+            peak.allocated_bytes,
+            peak.reserved_bytes,
+            state.lines(peak.allocated_bytes),
+        )
         for peak, state in zip(measured.phases, states)
     )
     worst = max(range(len(phases)), key=lambda index: phases[index].allocated_peak_bytes)
@@ -68,7 +76,9 @@ def estimate(
 
 
 def need_bytes(job: Job, architecture: Architecture) -> int:
-    """The smallest capacity of one GPU at which the job completes, in bytes, what is outside torch included."""
+    """
+    The smallest capacity of one GPU at which the job completes, in bytes, what is outside torch included.
+    """
     tape = write_tape(job, architecture).flatten()
     return _with_allocator(tape, job).need_bytes + non_torch_bytes(job)[0]
 
@@ -164,7 +174,7 @@ def _top(state: Snapshot, expansion: Expansion) -> tuple[TensorLine, ...]:
 def _warnings(job: Job, context: str) -> tuple[str, ...]:
     notes = [f"outside torch: {context}"] if context else []
     if job.world_size > 1:
-        notes.append("sharded and replicated jobs are planned to first order: no prefetch beyond the next block")
+        notes.append(
+            "sharded and replicated jobs are planned to first order: no prefetch beyond the next block"
+        )
     return tuple(notes)
-
-

@@ -49,8 +49,9 @@ def _parameters(job: Job, architecture: Architecture) -> tuple[int, str]:
 
 def _optimizer(job: Job, architecture: Architecture) -> tuple[int, str]:
     """
-    Offloaded states; or those of a paged optimizer, which the driver moves to the host when the GPU is full: all of
-    them at worst. bitsandbytes pages tensors from SMALL_PAGED_ELEMENTS elements on, which the few below do not change.
+    Offloaded states; or those of a paged optimizer, which the driver moves to the host when the GPU is full:
+    all of them at worst. bitsandbytes pages tensors from SMALL_PAGED_ELEMENTS elements on, which the few
+    below do not change.
     """
     trainable = count_parameters(job, architecture).trainable
     replicas = job.world_size // layout(job).optimizer
@@ -75,4 +76,5 @@ def _activations(job: Job, architecture: Architecture) -> tuple[int, str]:
         return 0, ""
     tokens = job.micro_batch_size * job.max_seq_len
     inputs = tokens * architecture.hidden_size * DTYPE_BYTES[job.dtype]
-    return inputs * len(checkpointed_layers(job, architecture)) * job.world_size, "inputs of checkpointed blocks"
+    num_inputs = len(checkpointed_layers(job, architecture)) * job.world_size
+    return num_inputs * inputs, "inputs of checkpointed blocks"

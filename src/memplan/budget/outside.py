@@ -1,4 +1,6 @@
-"""Device memory of the process outside torch's allocator: the CUDA context, and NCCL with more than one rank."""
+"""
+Device memory of the process outside torch's allocator: the CUDA context, and NCCL with more than one rank.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Growth of the process by torch.distributed's start on A100, 0.55 to 2.00 GiB wit
 
 
 def gpu_profile(job: Job) -> GpuProfile | None:
-    """The catalogue's entry for the GPU that the job names; None where it names a size, a live GPU, or nothing."""
+    """
+    The catalogue's entry for the GPU that the job names; None where it names a size, a live GPU, or nothing.
+    """
     if job.gpu is None:
         return None
     try:

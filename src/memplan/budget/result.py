@@ -32,7 +32,9 @@ class TensorLine:
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest moment. `device_bytes` = reserved + non_torch: what the driver would show with room to spare."""
+    """
+    The highest moment. `device_bytes` = reserved + non_torch: what the driver would show with room to spare.
+    """
 
     allocated_bytes: int
     reserved_bytes: int
@@ -81,7 +83,9 @@ class ErrorBand:
 
 @dataclass(frozen=True)
 class Capacity:
-    """A card. `usable_bytes` is what one process can get: total less driver reserve and less what others hold."""
+    """
+    A card. `usable_bytes` is what one process can get: total less driver reserve and less what others hold.
+    """
 
     gpu: str
     total_bytes: int
@@ -128,7 +132,9 @@ class Result:
     host: Host
     parameters: ParameterCount
     timeline: tuple[tuple[str, int, int], ...] = ()
-    """(phase, step, live bytes) at points in order, for drawing; the largest value of each stretch of the tape."""
+    """
+    (phase, step, live bytes) at points in order, for drawing; the largest value of each stretch of the tape.
+    """
     capacity: Capacity | None = None
     verdict: Verdict | None = None
     changes: tuple[Change, ...] | None = None
