@@ -205,6 +205,22 @@ def test_failure_says_what_would_have_been_enough_and_a_run_can_go_on_from_there
     assert 1 == allocator.num_retries
 
 
+def test_the_range_of_limits_that_lead_to_the_same_state():
+    """From the most that was reserved up to the least that was refused, wherever in the run that was."""
+
+    def run(limit: int) -> CachingAllocator:
+        allocator = classic(limit=limit)
+        for storage, size in ((1, 30), (2, 40), (3, 60)):
+            allocator.malloc(storage, size * MiB)
+            allocator.free(storage)
+        return allocator
+
+    allocator = run(65)
+    assert (60 * MiB, 70 * MiB) == (allocator.most_reserved_bytes, allocator.least_refused_bytes)
+    assert 2 == run(60).num_retries == run(69).num_retries
+    assert 1 == run(70).num_retries
+
+
 # Expandable segments
 
 
@@ -287,21 +303,24 @@ def test_blocks_from_the_maximum_split_size_on_stay_whole():
     allocator.malloc(4, 110 * MiB + 512)
     assert 340 * MiB == allocator.reserved_bytes
     assert 130 * MiB == allocator.block_of(4)[1]
+    allocator.free(3)
+    allocator.malloc(5, 100 * MiB)
+    assert 110 * MiB == allocator.block_of(5)[1]
 
 
 def test_under_a_maximum_split_size_only_what_is_needed_is_given_back_first():
     """The smallest unsplittable segment that is large enough, else the largest ones; the rest stays."""
-    allocator = classic(limit=600, max_split_size_mb=100)
-    for storage, size in enumerate((100, 150, 250, 40, 20), start=1):
+    allocator = classic(limit=700, max_split_size_mb=100)
+    for storage, size in enumerate((100, 110, 150, 250, 40, 20), start=1):
         allocator.malloc(storage, size * MiB)
-    for storage in (1, 2, 3, 4, 5):
+    for storage in range(1, 7):
         allocator.free(storage)
-    allocator.malloc(6, 128 * MiB)
-    assert [100, 250, 40, 20, 128] == [segment[0][0] for segment in layout(allocator)]
-    allocator.malloc(7, 300 * MiB)
-    assert [40, 20, 128, 300] == [segment[0][0] for segment in layout(allocator)]
+    allocator.malloc(7, 128 * MiB)
+    assert [100, 110, 250, 40, 20, 128] == [segment[0][0] for segment in layout(allocator)]
+    allocator.malloc(8, 300 * MiB)
+    assert [100, 40, 20, 128, 300] == [segment[0][0] for segment in layout(allocator)]
     assert 0 == allocator.num_retries
-    allocator.malloc(8, 172 * MiB)
+    allocator.malloc(9, 172 * MiB)
     assert [128, 300, 172] == [segment[0][0] for segment in layout(allocator)]
     assert 1 == allocator.num_retries
 
@@ -365,6 +384,15 @@ def test_above_the_threshold_the_blocks_that_waited_longest_are_given_back():
     # 10 MiB over the threshold of 80: those of 20 and 30 have waited for 2 searches, that of 40 for 1.
     assert [40, 46] == [segment[0][0] for segment in layout(allocator)]
     assert 0 == allocator.num_retries
+
+
+def test_a_block_that_waited_for_just_the_average_time_is_given_back():
+    """As a single one always has."""
+    allocator = collecting(0.1, 100)
+    allocator.malloc(1, 20 * MiB)
+    allocator.free(1)
+    allocator.malloc(2, 30 * MiB)
+    assert [30] == [segment[0][0] for segment in layout(allocator)]
 
 
 @pytest.mark.parametrize(("threshold", "allowed"), [(0.9, 160), (0.5, None)])

@@ -26,6 +26,14 @@ def test_peaks_and_the_events_that_made_them():
     assert (0, ()) == (result.num_retries, result.phases)
 
 
+def test_the_first_of_equal_peaks_counts():
+    """Allocated or reserved."""
+    result = replay([1, -1, 2], [0, 5 * MiB, 5 * MiB], {}, CLASSIC, marks=[Mark(2, "forward", 2)])
+    assert (0, 0) == (result.peak_allocated_event, result.peak_reserved_event)
+    result = replay([1, -1, 2], [0, 5 * MiB, 5 * MiB], {}, CLASSIC)
+    assert 0 == result.peak_allocated_event
+
+
 def test_slack_of_blocks_that_are_not_split_counts_as_allocated():
     """As in `torch.cuda.memory_allocated`: the 11 MiB of the example take a segment of 12."""
     assert 12 * MiB == replay([1], [0, 11 * MiB], {}, CLASSIC).allocated_bytes

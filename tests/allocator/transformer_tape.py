@@ -1,8 +1,8 @@
 """
 Tapes that look like training a transformer: loading, then steps of forward, backward and optimizer.
 
-Not a plan of any real model: sizes and lifetimes are of the kind that one has, so that the allocator meets what
-it meets in practice. Everything is a function of its arguments.
+Not a plan of any real model: sizes and lifetimes are of the kind that one has, so that the allocator meets
+what it meets in practice. Everything is a function of its arguments.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Cache(Segments):
         self.num_searches = 0
         """Requests of the large pool; counted only if garbage is collected, as `cached_since`."""
         self.cached_since: dict[int, int] = {}
-        """`num_searches` when a block was cached last."""
+        """`num_searches` when a block was freed last; the rest of a split block has no age, being split."""
 
     def find(self, pool: Pool, index: int, size: int, storage: int) -> int:
         """Index in `pool` of the block to use; `index` is that of the first large enough, or past the end."""

@@ -140,8 +140,6 @@ class CachingAllocator(Cache):
                             del keys[index], rows[index]
                             keys.insert(new_index, key)
                             rows.insert(new_index, rest)
-                        if collects:
-                            self.cached_since[rest] = self.num_searches
                     else:
                         del keys[index], rows[index]
                         size = size_of[block]
