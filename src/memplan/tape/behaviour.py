@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from memplan.job.spec import Job
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680
-"""Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+"""Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (ATen/cuda/CublasHandlePool.cpp)."""
 CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
 
 KERNELS = ("triton_loss", "triton_norm", "triton_rotary", "fused_lora")
-"""Replacements of transformers' operations that a case may name; all of tape/kernels.py and tape/fused_lora.py."""
+"""Replacements of transformers' operations: fields of `Behaviour`."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Behaviour:
     """
 
     hold_logits: bool = False
-    """The model's output lives through backward, until the next step's replaces it: a script that keeps `out`."""
+    """The model's output lives through backward, until the next step's replaces it: a script that keeps it."""
     hold_hidden: bool = False
     """The last hidden states live until the loss is there: locals of transformers' `forward`."""
     shift_logits: bool = False
@@ -41,11 +41,13 @@ class Behaviour:
     input_gradients: bool = False
     """enable_input_require_grads, which peft's and TRL's recipes call for checkpointing."""
     reentrant: bool = False
-    """Checkpointing with use_reentrant=True, transformers' default before 5 (gradient_checkpointing_enable)."""
+    """Checkpointing with use_reentrant=True: transformers' default before 5 (modeling_utils.py)."""
     repeat_key_heads: bool = False
     """flash_attention_2 gets a key and value head per query head: MistralFlashAttention2 before 4.48."""
     padding_mask: bool = False
     """Batches are padded, so that sdpa is given a mask and takes the memory-efficient kernel."""
+    first_length: int | None = None
+    """Tokens per sequence of the first step, where lengths vary: what a script still holds of a shorter batch."""
     triton_loss: bool = False
     triton_norm: bool = False
     triton_rotary: bool = False

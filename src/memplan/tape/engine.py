@@ -227,6 +227,8 @@ class Graph:
 
     def leave_autocast(self) -> None:
         """Casts of weights live until autocast ends, unless the graph keeps them; dropped block by block."""
+        if self.in_backward:
+            self.autocast_cache.clear()  # a recomputation's: one block's casts
         if not self.autocast_cache:
             return
         outer_group, outer_layer = self.group, self.layer

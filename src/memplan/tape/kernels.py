@@ -1,9 +1,9 @@
 """
-Kernels that replace operations of transformers: Triton's for the loss, norms and rotary positions, as Unsloth wrote
-them and others copied, and Liger's fused head and loss.
+Kernels that replace operations of transformers: Triton's for the loss, norms and rotary positions, as Unsloth
+wrote them and others copied, and Liger's fused head and loss.
 
-They save little and write results and gradients over their arguments.
-(fms-acceleration, plugins/fused-ops-and-kernels/src/fms_acceleration_foak/{kernels/unsloth,fused_ops/liger_ce};
+They save little and write results and gradients over their arguments. (fms-acceleration,
+plugins/fused-ops-and-kernels/src/fms_acceleration_foak/{kernels/unsloth,fused_ops/liger_ce};
 linkedin/Liger-Kernel, src/liger_kernel/ops/fused_linear_cross_entropy.py)
 """
 
@@ -77,10 +77,10 @@ def _overwritten_backward(
 
 def liger_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor, *, before_0_5: bool = False) -> Tensor:
     """
-    LigerFusedLinearCrossEntropy over (B, S, d): head and loss for a chunk of tokens at a time, their gradients in
-    forward. A chunk has as many tokens as make its logits about as large as the hidden states, rounded up to a power
-    of two. Before 0.5 the hidden states were copied without the last position, and a chunk's logits to float32, back,
-    and once more to be scaled.
+    LigerFusedLinearCrossEntropy over (B, S, d): head and loss for a chunk of tokens at a time, their gradients
+    in forward. A chunk has as many tokens as make its logits about as large as the hidden states, rounded up to a
+    power of two. Before 0.5 the hidden states were copied without the last position, and a chunk's logits to
+    float32, back, and once more to be scaled.
     """
     weight: Tensor | None = head.weight
     assert weight is not None

@@ -49,11 +49,9 @@ def autocast_to(g: Graph, tensor: Tensor) -> Tensor:
     if dtype is None or tensor.dtype not in ("float32", "float16", "bfloat16"):
         return tensor
     if isinstance(tensor, Parameter) and tensor.needs_grad and tensor.dtype == "float32":
-        cached = g.autocast_cache.get(id(tensor))
-        if cached is None:
-            cached = cast(g, tensor, dtype)
-            g.autocast_cache[id(tensor)] = cached
-        return cached
+        if id(tensor) not in g.autocast_cache:
+            g.autocast_cache[id(tensor)] = (tensor.layer, cast(g, tensor, dtype))
+        return g.autocast_cache[id(tensor)][1]
     return cast(g, tensor, dtype)
 
 
@@ -100,30 +98,32 @@ def _matmul_backward(
 def matmul_4bit(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     """
     bitsandbytes' MatMul4Bit: the weight is dequantised to the compute dtype for the product and thrown away, in
-    forward and again in backward; nothing of the input is saved (bitsandbytes/autograd/_functions.py).
+    forward and again in backward; nothing of the input is saved (bitsandbytes/autograd/_functions.py). Linear4bit
+    gives its output the input's dtype (nn/modules.py).
     """
+    dtype = x.dtype
     x = cast(g, x, layer.dtype)
-    weight = _dequantized(g, layer)
+    weight = dequantized(g, layer)
     g.claim_workspace()
     out = g.new((*x.shape[:-1], layer.out_features), x.dtype, "output")
     del weight
     if g.needs(x):
         g.record(out, (x,), [], _matmul_4bit_backward, (x.shape, layer))
-    return out
+    return cast(g, out, dtype)
 
 
 def _matmul_4bit_backward(
     g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
 ) -> Gradients:
     shape, layer = node.extra
-    weight = _dequantized(g, layer)
+    weight = dequantized(g, layer)
     g.claim_workspace()
     out = g.new(shape, gradients[0].dtype, "grad of input")
     del weight
     return [out]
 
 
-def _dequantized(g: Graph, layer: Linear) -> Tensor:
+def dequantized(g: Graph, layer: Linear) -> Tensor:
     """The weight in the compute dtype; on the way, double quantisation's constants in float32."""
     shape = (layer.out_features, layer.in_features)
     if not layer.double_quant:

@@ -12,6 +12,7 @@ from math import prod
 from memplan.tape.attention import attention, rotary
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import ITEMSIZE, CheckpointFrame, Gradients, Graph, Node, Parameter, Tensor
+from memplan.tape.fused_lora import OUTPUT, QKV, fused_output, fused_qkv, fuses
 from memplan.tape.kernels import triton_rms_norm, triton_rotary
 from memplan.tape.linear import linear
 from memplan.tape.model import Block, Model
@@ -181,7 +182,12 @@ def _llama_decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> T
         hidden = inputs_embeds
         cos, sin = _rotary_embedding(g, length, architecture.head_dim, hidden.dtype)
         with g.module("layers"):
-            hidden = run_blocks(g, model, hidden, settings, lambda block, x: _llama_block(g, model, block, x, cos, sin, mask, settings)
+            hidden = run_blocks(
+                g,
+                model,
+                hidden,
+                settings,
+                lambda block, x: _llama_block(g, model, block, x, cos, sin, mask, settings),
             )
         with g.module("norm"):
             hidden = _norm(g, hidden, model.final_norm["weight"], settings)
@@ -267,13 +273,19 @@ def llama_attention(
     heads, kv_heads, head_dim = (
         architecture.num_attention_heads, architecture.num_key_value_heads, architecture.head_dim,
     )  # fmt: skip
-    if architecture.qk_norm:
-        query = _normed_heads(g, block, hidden, "q", heads, head_dim, settings)
-        key = _normed_heads(g, block, hidden, "k", kv_heads, head_dim, settings)
+    fused_lora = settings.behaviour.fused_lora
+    if fused_lora and fuses(block, *QKV):
+        query, key, value = fused_qkv(g, hidden, block)
+        query, key = split_heads(g, query, heads, head_dim), split_heads(g, key, kv_heads, head_dim)
+        value = split_heads(g, value, kv_heads, head_dim)
     else:
-        query = split_heads(g, linear(g, hidden, linears["self_attn.q_proj"]), heads, head_dim)
-        key = split_heads(g, linear(g, hidden, linears["self_attn.k_proj"]), kv_heads, head_dim)
-    value = split_heads(g, linear(g, hidden, linears["self_attn.v_proj"]), kv_heads, head_dim)
+        if architecture.qk_norm:
+            query = _normed_heads(g, block, hidden, "q", heads, head_dim, settings)
+            key = _normed_heads(g, block, hidden, "k", kv_heads, head_dim, settings)
+        else:
+            query = split_heads(g, linear(g, hidden, linears["self_attn.q_proj"]), heads, head_dim)
+            key = split_heads(g, linear(g, hidden, linears["self_attn.k_proj"]), kv_heads, head_dim)
+        value = split_heads(g, linear(g, hidden, linears["self_attn.v_proj"]), kv_heads, head_dim)
     with g.module("self_attn"):
         if settings.behaviour.triton_rotary:
             query, key = triton_rotary(g, query), triton_rotary(g, key)
@@ -286,7 +298,10 @@ def llama_attention(
             implementation=settings.attention, mask=mask, probability=architecture.attention_dropout,
             padded=settings.behaviour.padding_mask, repeat_heads=settings.behaviour.repeat_key_heads,
         )  # fmt: skip
-    output = linear(g, output, linears["self_attn.o_proj"])
+    if fused_lora and fuses(block, OUTPUT):
+        output = fused_output(g, output, block)
+    else:
+        output = linear(g, output, linears["self_attn.o_proj"])
     return output
 
 
@@ -355,7 +370,14 @@ def _gpt2_decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Te
         mask = causal_mask(g, ids.shape, hidden.dtype) if settings.attention == "eager" else None
         hidden = dropout(g, hidden, architecture.embedding_dropout)
         with g.module("h"):
-            hidden = run_blocks(g, model, hidden, settings, lambda block, x: _gpt2_block(g, model, block, x, mask, settings)
+            held = [hidden]
+            del hidden  # the loop over the blocks is the only one that holds their input
+            hidden = run_blocks(
+                g,
+                model,
+                held.pop(),
+                settings,
+                lambda block, x: _gpt2_block(g, model, block, x, mask, settings),
             )
         with g.module("ln_f"):
             hidden = layer_norm(g, hidden, model.final_norm["weight"], model.final_norm["bias"])

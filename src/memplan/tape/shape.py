@@ -119,7 +119,8 @@ class Loop:
         recording = self.recording
         for micro in range(1, min(self.job.gradient_accumulation_steps, 3) + 1):
             recording.mark("forward", number)
-            loss = self.forward(f"{number}.{micro}")
+            length = self.behaviour.first_length if number == 1 else None
+            loss = self.forward(f"{number}.{micro}", length or self.job.max_seq_len)
             if loss is not None:
                 self.g.leave_autocast()  # casts of weights live until autocast ends; the graph keeps its own
                 recording.mark("backward", number)
@@ -130,10 +131,10 @@ class Loop:
         optimizer.step(number)
         optimizer.zero_grad(number)
 
-    def forward(self, label: str) -> Tensor | None:
+    def forward(self, label: str, length: int) -> Tensor | None:
         g, job = self.g, self.job
         g.begin(f"forward {label}")
-        shape = (job.micro_batch_size, job.max_seq_len)
+        shape = (job.micro_batch_size, length)
         ids = g.new(shape, "int64", "input ids", "inputs")
         labels = g.new(shape, "int64", "labels", "inputs")
         self.batch = (ids, labels)
