@@ -123,7 +123,7 @@ def chunked_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor) -> Tens
     loss = g.new((), "float32", "loss")
     del total
     if g.needs(hidden, weight):
-        g.record(loss, (hidden, weight), [grad_hidden, grad_weight], _chunked_backward, hidden.shape)
+        g.record(loss, (hidden, weight), [grad_weight, grad_hidden], _chunked_backward, hidden.shape)
     return loss
 
 
@@ -139,7 +139,7 @@ def _chunk(g: Graph, size: int, vocabulary: int, dtype: str) -> None:
 def _chunked_backward(g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]) -> Gradients:
     """Both stored gradients, times the gradient of the loss."""
     outputs: Gradients = []
-    for tensor, name in zip(saved, ("hidden states", "head")):
+    for tensor, name in zip(reversed(saved), ("hidden states", "head")):
         outputs.append(None if tensor is None else g.new(tensor.shape, tensor.dtype, f"grad of {name}"))
     if outputs[0] is not None:
         outputs[0] = alias(outputs[0], node.extra)

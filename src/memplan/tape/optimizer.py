@@ -119,8 +119,7 @@ class OptimizerProgram:
                     g.new(parameter.local_shape, dtype, f"{parameter.name} sqrt of exp_avg_sq", "workspace")
                 )
             g.begin(f"foreach {dtype} freed {number}")
-            roots.reverse()
-            for parameter in group:
+            for parameter in reversed(group):  # a list lets go of its last item first
                 g.enter(parameter.layer)
                 roots.pop()
         g.enter(None)
@@ -171,8 +170,7 @@ class OptimizerProgram:
             norms.append(g.new((), parameter.stored_dtype, f"{parameter.name} norm of grad"))
         g.begin(f"clip freed {number}")
         del partial
-        norms.reverse()
-        for parameter in self.parameters:
+        for parameter in reversed(self.parameters):
             g.enter(parameter.layer)
             norms.pop()
         g.enter(None)
