@@ -135,6 +135,28 @@ def test_dtypes_are_those_of_the_job(base: str, adapter: str) -> None:
         assert str(parameter.dtype) == f"torch.{expected}", name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_random_models_are_those_of_transformers(config: dict[str, Any], dtype: str) -> None:
+    """Buffers, ties and dtypes are those of a model that transformers builds, given the same weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    built = _build(_job("full", dtype=dtype), config).model.eval()
+    resolved = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    plain = AutoModelForCausalLM.from_config(resolved, dtype=getattr(torch, dtype)).eval()
+    plain.load_state_dict(built.state_dict())
+    ids = torch.tensor([[1, 2, 3, 4]])
+
+    assert torch.equal(built(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert all(
+        parameter.std() > 0 for name, parameter in built.named_parameters() if name.endswith("proj.weight")
+    )
+    for (name, actual), (_, expected) in zip(built.named_buffers(), plain.named_buffers(), strict=True):
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), name
+        assert torch.equal(actual, expected), name
+
+
 def test_random_weights_depend_on_the_seed_alone() -> None:
     """The same seed draws the same model, whatever was drawn before; another seed another one."""
     first = _build(_job("full"))

@@ -159,10 +159,16 @@ def _random(job: Job, config: dict[str, Any], device: torch.device) -> Any:
         )
     resolved = CONFIG_MAPPING[model_type].from_dict(config)
     torch.manual_seed(derive_seed(job.train.seed, "weights"))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            resolved, dtype=getattr(torch, job.dtype), attn_implementation=job.attention
-        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                resolved, dtype=getattr(torch, job.dtype), attn_implementation=job.attention
+            )
+    except (ValueError, ImportError) as error:
+        raise ModelError(
+            f"transformers cannot build `{job.model}`: {first_line(error)}",
+            hint="another attention may help: `--set attention=eager`",
+        ) from error
     _materialise(model, device)
     model.init_weights()
     return model
@@ -183,7 +189,7 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
                 if tensor not in placed:
                     empty = torch.empty_like(tensor, device=device)
                     placed[tensor] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-                tensors[name] = placed[tensor]  # type: ignore[assignment]
+                tensors[name] = placed[tensor]
 
 
 def _pretrained(job: Job, path: str, device: torch.device) -> Any:
@@ -194,12 +200,12 @@ def _pretrained(job: Job, path: str, device: torch.device) -> Any:
         options["device_map"] = {"": device}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
+        return model if "device_map" in options else model.to(device)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"the weights of `{path}` cannot be loaded: {first_line(error)}",
             hint="name a local folder with the weights, or use `--set weights=random` to run without any",
         ) from error
-    return model.to(device)
 
 
 def _prepare(job: Job, model: Any) -> nn.Module:

@@ -46,7 +46,7 @@ class Progress:
     def __init__(self, *, first: int, last: int, plan: Result | None, file: TextIO | None = None) -> None:
         self.file = file or sys.stderr
         self.first, self.last = first, last
-        self._planned = f" of {format_bytes(plan.peak.allocated_bytes)} planned" if plan else ""
+        self._planned = f" (plan {format_bytes(plan.peak.allocated_bytes)})" if plan else ""
         self._bar: Any = self._make_bar() if self.file.isatty() else None
         self._interval = max(1, (last - first + 1) // 10)
 
@@ -76,12 +76,16 @@ class Progress:
     def _make_bar(self) -> Any:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         bar = Progress(
-            TextColumn(f"step {{task.fields[step]}}/{self.last}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[words]}"),
-            TimeRemainingColumn(),
+            TextColumn(f"step {{task.fields[step]}}/{self.last}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
+            TextColumn(
+                "{task.fields[words]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
+            TimeRemainingColumn(compact=True),
+            expand=True,
             console=Console(file=self.file),
         )
         self._task = bar.add_task("", total=self.last - self.first + 1, words="", step=self.first - 1)
