@@ -76,6 +76,21 @@ def test_a_garbage_collection_threshold_changes_nothing():
     assert smallest(tape, CLASSIC) == smallest(tape, collecting)
 
 
+def test_limits_below_what_the_first_failing_request_required_are_tried_too(monkeypatch):
+    """
+    After that request failed under a lower limit, 86 MiB were required; but from 78 on the cache is given back at
+    another moment, and things fall into place. They do not at 84: completing is not monotonous in the limit.
+    """
+    events = [1, 2, 3, -1, 4, -2, 5, -4, 6, -3, 7, -5, 8, -6, 9, -7, 10, -8, 11, -9, 12, 13, -10, 14]
+    sizes = [size * MiB for size in (0, 3, 3, 3, 12, 12, 15, 24, 5, 24, 3, 3, 3, 3, 50)]
+    assert 78 * MiB == smallest_capacity(events, sizes, {}, CLASSIC)
+    assert 86 * MiB == smallest_capacity_exact(events, sizes, {}, CLASSIC)
+    with pytest.raises(AllocatorOutOfMemory):
+        replay(events, sizes, {}, CLASSIC, limit_bytes=84 * MiB)
+    monkeypatch.setattr(need, "_MAX_NARROWING", 0)
+    assert 86 * MiB == smallest_capacity(events, sizes, {}, CLASSIC)
+
+
 # On training tapes
 
 
