@@ -45,10 +45,10 @@ def replay_with_need(
     The unlimited `replay` of a tape, and the smallest capacity (`limit_bytes`) at which it completes.
 
     Guaranteed: the tape completes at the capacity returned; it is a multiple of 2 MiB, at least the peak of
-    live bytes and at most the peak of reserved bytes. Not guaranteed: that none below completes. Limits are
-    raised to what the first request that fails requires, until the tape completes, then narrowed down by
-    bisection as long as that takes less than half a replay. Where a lucky layout lets some lower limit pass
-    and higher ones between fail, the lower one is not looked for.
+    live bytes and at most the peak of reserved bytes. Not guaranteed: that none below completes, nor that all
+    above do, since the moment at which the cache is given back shapes what follows. Limits are raised to what
+    the first request that fails requires, until the tape completes, then narrowed down by bisection as long
+    as that takes less than half a replay.
     """
     allocator = CachingAllocator(settings)
     search = _Search(events, allocator.all_block_bytes(sizes), streams)
