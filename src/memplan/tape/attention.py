@@ -308,6 +308,8 @@ def _batched_backward(
 
 def softmax(g: Graph, x: Tensor, dtype: str) -> Tensor:
     """F.softmax(x, -1, dtype=dtype): to float32, float16 is converted inside the kernel, bfloat16 is cast first."""
+    if g.autocast and g.device == "cuda":
+        dtype = "float32"
     if x.dtype not in (dtype, "float16"):
         x = cast(g, x, dtype)
     out = g.new(x.shape, dtype, "attention weights")

@@ -227,8 +227,14 @@ def _unary_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[
     ]
 
 
+def autocast_to_float32(g: Graph, x: Tensor) -> Tensor:
+    """Autocast's cast for pow, softmax and layer_norm on CUDA (autocast_mode.h, AT_FORALL_FP32)."""
+    return cast(g, x, "float32") if g.autocast and g.device == "cuda" else x
+
+
 def power(g: Graph, x: Tensor, name: str = "power") -> Tensor:
     """`x.pow(n)`, n a Python number other than 0 and 1: saves its input."""
+    x = autocast_to_float32(g, x)
     saved = g.save(x) if g.needs(x) else None
     out = g.new(x.shape, x.dtype, name, transposed=x.transposed)
     if saved is not None:
@@ -341,6 +347,7 @@ def rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
 
 def layer_norm(g: Graph, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """native_layer_norm: saves its input and float32 mean and reciprocal deviation per row."""
+    x = autocast_to_float32(g, x)
     out = g.new(x.shape, x.dtype, "output")
     rows = (*x.shape[:-1], 1)
     statistics = "float32" if g.device == "cuda" else x.dtype
