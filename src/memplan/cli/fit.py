@@ -17,10 +17,11 @@ from memplan.cli.options import (
     check_choice,
     with_job_flags,
 )
-from memplan.errors import JobError
+from memplan.errors import JobError, RunError
 
 if TYPE_CHECKING:
     from memplan.job.load import LoadedJob
+    from memplan.job.spec import Job
 
 FRONTIERS = ("max_seq_len", "micro_batch_size")
 
@@ -98,6 +99,8 @@ def fit(
         )
         edits = changes[0].set if changes else {}
         found = bool(changes)
+    sets = [edits] if field is not None else [change.set for change in report.result.changes or ()]
+    report = replace(report, not_trained=tuple(why_not_trained(loaded.job.replace(**each)) for each in sets))
     if edits:
         changed = estimate(loaded.job.replace(**edits), architecture)
         report = replace(report, verdict_with=judge(changed, capacity, loaded.job.margin))
@@ -105,6 +108,19 @@ def fit(
     if write is not None and found:
         write_changed(loaded, edits, write)
     return 0 if found else 1
+
+
+def why_not_trained(job: Job) -> str | None:
+    """What `memplan train` would refuse this job with; None where it runs it."""
+    from memplan.train.launch import refuse_untrainable
+
+    if job.loop != "memplan":
+        return f"the job is planned for another loop (`loop: {job.loop}`)"
+    try:
+        refuse_untrainable(job)
+    except RunError as error:
+        return error.message
+    return None
 
 
 def truncations(loaded: LoadedJob, changes: Sequence[Change]) -> dict[int, tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from memplan.budget.result import Change, Result
 from memplan.render.report import Report
 from memplan.render.screen import Screen, columns, gib
@@ -47,9 +49,18 @@ def change_lines(screen: Screen, report: Report) -> None:
     _verdict_with(screen, report)
     _truncation(screen, report, smallest)
     screen.line()
-    screen.line(f"  memplan train {report.job_words} {set_flags(smallest.set)}".rstrip())
+    _command(screen, report, smallest.set)
     if others:
         _runners_up(screen, report, others)
+
+
+def _command(screen: Screen, report: Report, edits: dict[str, Any]) -> None:
+    """The line to paste: training the changed job, or planning it where this trainer does not run it."""
+    reason = report.why_not_trained(0)
+    command = "train" if reason is None else "estimate"
+    screen.line(f"  memplan {command} {report.job_words} {set_flags(edits)}".rstrip())
+    if reason is not None:
+        paragraph(screen, "planned, not run by `memplan train`:", reason, indent="  ")
 
 
 def outcome(result: Result, change: Change) -> str:
@@ -77,10 +88,13 @@ def _runners_up(screen: Screen, report: Report, changes: list[Change]) -> None:
     screen.line()
     screen.line(("runners-up", "bold"))
     screen.line(f"  {lines[0]}")
-    for line, change in zip(lines[1:], changes):
+    for index, (line, change) in enumerate(zip(lines[1:], changes), start=1):
         screen.line(f"  {line}")
         paragraph(screen, "-", change.summary, indent="     ")
         _truncation(screen, report, change)
+        reason = report.why_not_trained(index)
+        if reason is not None:
+            paragraph(screen, "  planned only:", reason, indent="     ")
         screen.line(f"       {set_flags(change.set)}")
 
 
@@ -116,4 +130,4 @@ def frontier_lines(screen: Screen, report: Report) -> None:
     screen.line(f"  needs {need}, leaves {spare} to spare; {LIMITS.get(frontier.limit, frontier.limit)}")
     _verdict_with(screen, report)
     screen.line()
-    screen.line(f"  memplan train {report.job_words} {set_flags({frontier.field: frontier.value})}".rstrip())
+    _command(screen, report, {frontier.field: frontier.value})

@@ -31,6 +31,12 @@ class Report:
     allow_capacity: bool = False
     truncations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     """{max_seq_len: (samples cut, samples in all)}, as far as the data is at hand."""
+    not_trained: tuple[str | None, ...] = ()
+    """Per change (or for the frontier): why `memplan train` does not run that job; None where it does."""
+
+    def why_not_trained(self, index: int) -> str | None:
+        """Why `memplan train` does not run the job with change `index`; None where it does."""
+        return self.not_trained[index] if index < len(self.not_trained) else None
 
     def truncation(self, change: Change) -> tuple[int, int] | None:
         """
