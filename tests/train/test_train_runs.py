@@ -14,6 +14,8 @@ pytest.importorskip("peft")
 
 from tiny_runs import GPT2, losses, prepared, tiny_job  # noqa: E402
 
+from memplan.job.load import LoadedJob  # noqa: E402
+from memplan.train import launch  # noqa: E402
 from memplan.train.record import Record, read_metrics_lines  # noqa: E402
 from memplan.train.worker import run_job  # noqa: E402
 
@@ -341,14 +343,16 @@ def test_changed_data_cannot_be_continued_on(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Resuming a complete run says that it is complete; a longer one goes on from its end."""
+    """Resuming a complete run says that it is complete and touches nothing; a longer one goes on."""
     job = tiny_job(tmp_path, train__max_steps=2)
     folder = prepared(job)
     assert run_job(folder) == 0
     capfd.readouterr()
+    record = (folder / "record.json").read_bytes()
 
-    assert run_job(folder, resume=True) == 0
-    assert "this run is complete" in capfd.readouterr().err
+    assert launch(LoadedJob(job, {}, None, tmp_path, ()), resume=True) == 0
+    assert "this run is complete: 2 steps are done" in capfd.readouterr().err
+    assert record == (folder / "record.json").read_bytes()
     prepared(job.replace(**{"train.max_steps": 3}))
     assert run_job(folder, resume=True) == 0
     assert list(losses(folder)) == [1, 2, 3]

@@ -213,6 +213,11 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
+def published_step(folder: Path) -> int | None:
+    """The step of a published folder; None if it is missing or damaged."""
+    return read_state(folder).step if folder.is_dir() and find_damage(folder) is None else None
+
+
 def has_checkpoint(root: Path) -> bool:
     """Whether anything was ever published under `root`, without verifying it."""
     return bool(_published(root))

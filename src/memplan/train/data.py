@@ -17,6 +17,7 @@ import json
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,8 +121,20 @@ def _docs_files() -> list[Path]:
 
 
 def _read_text(path: Path) -> str:
-    try:
+    with _readable(path):
         return path.read_text(encoding="utf-8")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines one by one: the file may be larger than memory."""
+    with _readable(path), path.open(encoding="utf-8") as file:
+        yield from file
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise DataError(f"`{path}` is not UTF-8: {error.reason} at byte {error.start}") from error
     except OSError as error:
@@ -129,7 +142,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_rows(path: Path, column: str) -> Iterator[Document]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"`{path}` line {number}"

@@ -23,7 +23,7 @@ from memplan.errors import DataError, MemplanError, RunError
 from memplan.job.fields import job_fields
 from memplan.job.load import BUILT_IN_DATA
 from memplan.job.spec import Job
-from memplan.train.checkpoint import has_checkpoint
+from memplan.train.checkpoint import has_checkpoint, published_step
 from memplan.train.record import Record
 from memplan.train.report import resume_command, say
 from memplan.train.tokens import model_path
@@ -70,11 +70,21 @@ def launch(loaded: LoadedJob, *, resume: bool = False, dry_run: bool = False) ->
     job = self_contained(loaded)
     folder = Path(job.train.output_dir)
     check_folder(folder, job, resume=resume)
+    done = published_step(folder / FINAL) if resume else None
+    if done is not None and done >= job.train.max_steps:
+        say(f"this run is complete: {done} steps are done, and `train.max_steps` is {job.train.max_steps}")
+        return 0
     if dry_run:
         with TemporaryDirectory(prefix="memplan-") as scratch:
             write_job(Path(scratch) / JOB_FILE, job)
             return _run(Path(scratch), job, resume=resume, dry_run=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"the output folder `{folder}` cannot be made: {error.strerror}",
+            hint="choose another one with `--set train.output_dir=...`",
+        ) from error
     with _lock(folder) as lock:
         check_folder(folder, job, resume=resume)
         write_job(folder / JOB_FILE, job)

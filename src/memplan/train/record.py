@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from memplan.errors import RunError
 
 SCHEMA_VERSION = 1
 RECORD = "record.json"
@@ -106,7 +109,7 @@ class Metrics:
 
     def __init__(self, folder: Path, *, resumed_from: int) -> None:
         """Keep the lines of steps up to `resumed_from`; later ones will be done again."""
-        path = folder / METRICS
+        self.path = path = folder / METRICS
         kept = (
             [line for line in read_metrics_lines(folder) if line["step"] <= resumed_from]
             if resumed_from
@@ -116,9 +119,15 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """
+        Write one line.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        with _explained(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """No more lines will come."""
@@ -135,13 +144,29 @@ def read_metrics_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Put `text` at `path` so that a reader sees the old content or the new one, never a part."""
+    """
+    Put `text` at `path` so that a reader sees the old content or the new one, never a part.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _explained(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"`{path}` cannot be written: {error.strerror}", hint="make room on the disk, or mend the folder"
+        ) from error
 
 
 def _now() -> str:

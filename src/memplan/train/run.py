@@ -23,10 +23,8 @@ from memplan.train.build import Built, build_model
 from memplan.train.checkpoint import (
     Checkpoint,
     State,
-    find_damage,
     load_latest,
     publish_folder,
-    read_state,
     remove_unfinished,
     save_checkpoint,
 )
@@ -113,15 +111,12 @@ class Run:
             remove_unfinished(self.checkpoints)
         checkpoint = load_latest(self.checkpoints, warn=say) if self.resume else None
         start = checkpoint.state.step if checkpoint else 0
-        if start >= self.job.train.max_steps and self._final_step() == start:
-            say(f"this run is complete: {start} of {self.job.train.max_steps} steps are done")
-            return
         loop = self._load(config, samples, checkpoint)
         if self.dry_run:
             say("dry run: the data and the model are loaded and ready for the first step")
             return
         self._train(start, loop, evaluation)
-        self._publish_final(tokenizer)
+        self._publish_final(tokenizer, max(start, self.job.train.max_steps))
 
     def begin(self, phase: str, step: int) -> None:
         """A phase begins."""
@@ -134,9 +129,14 @@ class Run:
         """Let go of everything on the device."""
         self._loop = self._built = None
 
-    def finish(self, outcome: str, error: str | None = None) -> list[PhasePeak]:
-        """Complete the record: how the run ended and what was measured. Returns the peaks."""
-        peaks = self._meter.peaks() if self._meter is not None else []
+    @property
+    def peaks(self) -> list[PhasePeak]:
+        """What was measured; asking ends the measuring on the CPU."""
+        return self._meter.peaks() if self._meter is not None else []
+
+    def finish(self, outcome: str, error: str | None = None) -> None:
+        """Complete the record: how the run ended and what was measured."""
+        peaks = self.peaks
         highest = max(peaks, key=lambda peak: peak.allocated_peak_bytes, default=None)
         lines = read_metrics_lines(self.folder)
         self.record.update(
@@ -152,7 +152,6 @@ class Run:
             loss={"first": lines[0]["loss"] if lines else None, "last": lines[-1]["loss"] if lines else None},
         )
         self.record.finish(outcome, error)
-        return peaks
 
     def _make_plan(self) -> None:
         from memplan.budget.estimate import estimate
@@ -306,11 +305,7 @@ class Run:
             raise RunError(error.message, hint="make room on the disk") from error
         self.saved_step = step
 
-    def _final_step(self) -> int | None:
-        folder = self.folder / FINAL
-        return read_state(folder).step if folder.is_dir() and find_damage(folder) is None else None
-
-    def _publish_final(self, tokenizer: Tokenizer) -> None:
+    def _publish_final(self, tokenizer: Tokenizer, step: int) -> None:
         built = self._built
         assert built is not None
 
@@ -319,7 +314,7 @@ class Run:
             if tokenizer.save is not None:
                 tokenizer.save(folder)
 
-        publish_folder(self.folder / FINAL, replace(self._state, step=self.job.train.max_steps), write)
+        publish_folder(self.folder / FINAL, replace(self._state, step=step), write)
 
 
 def _metrics_line(result: StepResult, seconds: float, memory_bytes: int) -> dict[str, Any]:

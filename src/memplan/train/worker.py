@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from memplan.errors import MemplanError
 from memplan.train import report
 from memplan.train.advice import free_capacity, retry_command, smallest_change
 from memplan.train.launch import FINAL, JOB_FILE, read_job
-from memplan.train.record import RECORD, PhasePeak
+from memplan.train.record import RECORD
 from memplan.train.report import say
 from memplan.train.run import Interrupted, Run
 from memplan.train.tokens import first_line
@@ -33,6 +34,9 @@ COMPLETED, OUT_OF_MEMORY = 0, 1
 INTERNAL_ERROR = 70
 """EX_SOFTWARE of sysexits.h, as in the command line."""
 TRACEBACK = "traceback.txt"
+
+_OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says where memory runs out beside its CUDA allocator: a plain RuntimeError."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,13 +61,13 @@ def run_job(
         hook: is told (phase, step) when a phase begins; tests fail a run from here.
     """
     began = time.perf_counter()
+    stop = _Stop()
     try:
         job = read_job(folder / JOB_FILE)
+        run = Run(folder, job, resume=resume, dry_run=dry_run, stop_signal=stop.at_step_boundary, hook=hook)
     except MemplanError as error:
         report_error(error.message, error.hint)
         return error.exit_code
-    stop = _Stop()
-    run = Run(folder, job, resume=resume, dry_run=dry_run, stop_signal=stop.at_step_boundary, hook=hook)
     out_of_memory: str | None = None
     try:
         with stop:
@@ -79,11 +83,10 @@ def run_job(
     # Outside the except block: inside it the traceback still holds every tensor of the failed step.
     if out_of_memory is not None:
         return _explain_out_of_memory(run, out_of_memory)
-    peaks = run.finish("completed")
-    if dry_run:
-        return COMPLETED
-    for line in _closing_lines(run, peaks, time.perf_counter() - began):
-        say(line)
+    _finish(run, "completed")
+    if not dry_run:
+        for line in _closing_lines(run, time.perf_counter() - began):
+            say(line)
     return COMPLETED
 
 
@@ -126,6 +129,14 @@ def _follow_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
+def _finish(run: Run, outcome: str, error: str | None = None) -> None:
+    """Complete the record; how the run ended is said even where it cannot be written."""
+    try:
+        run.finish(outcome, error)
+    except MemplanError as unwritten:
+        say(f"note: {unwritten.message}")
+
+
 def _interrupted(run: Run, interrupted: Interrupted) -> int:
     name = signal.Signals(interrupted.signum).name
     sentence = (
@@ -133,14 +144,14 @@ def _interrupted(run: Run, interrupted: Interrupted) -> int:
         if interrupted.step
         else f"interrupted by {name}"
     )
-    run.finish("interrupted", sentence)
+    _finish(run, "interrupted", sentence)
     say(sentence)
     _say_how_to_continue(run)
     return 128 + interrupted.signum
 
 
 def _failed(run: Run, error: MemplanError) -> int:
-    run.finish("failed", error.message)
+    _finish(run, "failed", error.message)
     report_error(error.message, error.hint)
     _say_how_to_continue(run)
     return error.exit_code
@@ -150,14 +161,18 @@ def _broken(run: Run, error: Exception) -> int:
     """
     A fault that we have no words for: its traceback goes into a file, and onto the screen only if asked for.
     """
-    path = run.folder / TRACEBACK
-    path.write_text(traceback.format_exc(), encoding="utf-8")
     phase, step = run.phase
     sentence = f"{type(error).__name__} in {phase} of step {step}: {first_line(error)}"
-    run.finish("failed", sentence)
+    _finish(run, "failed", sentence)
+    hint = "`MEMPLAN_DEBUG=1` shows the traceback"
     if os.environ.get("MEMPLAN_DEBUG") == "1":
         traceback.print_exc()
-    report_error(sentence, f"the traceback is in `{path}`")
+    elif not run.dry_run:
+        path = run.folder / TRACEBACK
+        with suppress(OSError):
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+            hint = f"the traceback is in `{path}`"
+    report_error(sentence, hint)
     _say_how_to_continue(run)
     return INTERNAL_ERROR
 
@@ -170,7 +185,8 @@ def _say_how_to_continue(run: Run) -> None:
 def _out_of_memory_words(error: Exception) -> str | None:
     """What the allocator said, in a few words; None if the error is another one."""
     text = str(error)
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in text:
+    is_named = any(words in text for words in _OUT_OF_MEMORY_TEXTS)
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not is_named:
         return None
     size = re.search(r"[Tt]ried to allocate ([\d.]+) (\w+)", text)
     if size is None:
@@ -186,7 +202,7 @@ def _explain_out_of_memory(run: Run, detail: str) -> int:
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     capacity = free_capacity(run.device, run.plan)
-    run.finish("out_of_memory", f"out of memory in {phase} of step {step}: {detail}")
+    _finish(run, "out_of_memory", f"out of memory in {phase} of step {step}: {detail}")
     for line in report.out_of_memory_lines(run.plan, phase, step, detail, capacity):
         say(line)
     change = None
@@ -204,12 +220,18 @@ def _explain_out_of_memory(run: Run, detail: str) -> int:
     return OUT_OF_MEMORY
 
 
-def _closing_lines(run: Run, peaks: Sequence[PhasePeak], seconds: float) -> list[str]:
-    loss, steps = run.record.fields["loss"], run.record.fields["steps"]
-    lines = [
-        f"completed {steps['last']} steps in {seconds:.0f} s: loss {loss['first']:.4g} -> {loss['last']:.4g}"
-    ]
-    lines += ["", *report.comparison_lines(run.plan, peaks), ""]
+def _closing_lines(run: Run, seconds: float) -> list[str]:
+    fields = run.record.fields
+    loss, steps = fields["loss"], fields["steps"]
+    longest, limit = fields["data"]["longest"], run.job.max_seq_len
+    since = f" (from step {fields['resumed_from'] + 1})" if fields["resumed_from"] else ""
+    lines = [f"completed {steps['last']} steps{since} in {seconds:.0f} s"]
+    lines.append(f"loss {loss['first']:.4g} -> {loss['last']:.4g}")
+    lines += ["", *report.comparison_lines(run.plan, run.peaks), ""]
+    if longest < limit:
+        lines.append(
+            f"note: the longest sample has {longest} of {limit} tokens, so the run stays below its plan"
+        )
     lines += [f"weights: {run.folder / FINAL}", f"record:  {run.folder / RECORD}"]
     return lines
 
