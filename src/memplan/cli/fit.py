@@ -100,6 +100,8 @@ def fit(
         edits = changes[0].set if changes else {}
         found = bool(changes)
     sets = [edits] if field is not None else [change.set for change in report.result.changes or ()]
+    if loaded.job.loop != "memplan":
+        sets = sets[:1]  # the same for all of them
     report = replace(report, not_trained=tuple(why_not_trained(loaded.job.replace(**each)) for each in sets))
     if edits:
         changed = estimate(loaded.job.replace(**edits), architecture)
