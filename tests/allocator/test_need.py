@@ -78,8 +78,8 @@ def test_a_garbage_collection_threshold_changes_nothing():
 
 def test_limits_below_what_the_first_failing_request_required_are_tried_too(monkeypatch):
     """
-    After that request failed under a lower limit, 86 MiB were required; but from 78 on the cache is given back
-    at another moment, and things fall into place. They do not at 84: completing is not monotonic in the limit.
+    After that request failed under a lower limit, 86 MiB were required; but at 78 the cache is given back at
+    another moment, and things fall into place. At 84 they do not: completing is not monotonic in the limit.
     """
     events = [1, 2, 3, -1, 4, -2, 5, -4, 6, -3, 7, -5, 8, -6, 9, -7, 10, -8, 11, -9, 12, 13, -10, 14]
     sizes = [size * MiB for size in (0, 3, 3, 3, 12, 12, 15, 24, 5, 24, 3, 3, 3, 3, 50)]
