@@ -27,14 +27,22 @@ def rotary(g: Graph, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
 
 
 def choose_kernel(
-    implementation: str, device: str, dtype: str, masked: bool, head_dim: int, dropout: bool = False
+    implementation: str,
+    device: str,
+    dtype: str,
+    masked: bool,
+    head_dim: int,
+    *,
+    dropout: bool = False,
+    before_ampere: bool = False,
 ) -> str:
     """
     The kernel behind `attention`, for a causal call without explicit mask unless `masked`.
 
     * CUDA, 16-bit, no mask, head_dim <= 256: flash, as torch prefers it on sm80 to sm89 and sm120; on Hopper some
       versions of torch prefer cuDNN, whose workspace is not public.
-    * CUDA, float32 or a mask: memory-efficient.
+    * CUDA, float32 or a mask: memory-efficient. Before sm80 there is no flash kernel, and the memory-efficient one
+      takes no bfloat16: then the composite one.
     * CPU: torch's own flash kernel for all dtypes; with dropout the composite one.
     (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; transformers' flash_attention_2 calls the same kernel of
     the flash-attn package.)
@@ -45,6 +53,8 @@ def choose_kernel(
         return "math" if dropout else "flash_cpu"
     if implementation == "flash_attention_2":
         return "flash"
+    if before_ampere:
+        return "math" if dtype == "bfloat16" else "efficient"
     if dtype in ("float16", "bfloat16") and not masked and head_dim <= 256:
         return "flash"
     return "efficient"
@@ -62,11 +72,13 @@ def attention(
     softmax_in_float32: bool = True,
     padded: bool = False,
     repeat_heads: bool = False,
+    before_ampere: bool = False,
 ) -> Tensor:
     """
     (B, H, S, D) queries against (B, H_kv, S, D) keys and values: (B, S, H*D), before the output projection.
 
-    `padded`: sdpa is given a mask; `repeat_heads`: the caller copies key and value heads whatever the kernel takes.
+    `padded`: sdpa is given a mask; `repeat_heads`: the caller copies key and value heads whatever the kernel
+    takes; `before_ampere`: the card is older than sm80.
     """
     if implementation == "eager":
         return _eager(g, query, key, value, mask, probability, softmax_in_float32)
@@ -77,7 +89,10 @@ def attention(
     if implementation == "flash_attention_2" and dtype == "float32" and g.device == "cuda":
         dtype = "bfloat16"  # fa_peft_integration_check: float32 norms of k-bit preparation made it float32
     query, key, value = cast(g, query, dtype), cast(g, key, dtype), cast(g, value, dtype)
-    kernel = choose_kernel(implementation, g.device, dtype, padded, query.shape[-1], dropout=probability > 0)
+    kernel = choose_kernel(
+        implementation, g.device, dtype, padded, query.shape[-1],
+        dropout=probability > 0, before_ampere=before_ampere,
+    )  # fmt: skip
     if kernel == "math":
         return _math(g, query, key, value, probability)
     if kernel == "flash":
@@ -258,10 +273,15 @@ def _eager(
 
 def _math(g: Graph, query: Tensor, key: Tensor, value: Tensor, probability: float) -> Tensor:
     """
-    _scaled_dot_product_attention_math: query and key scaled by themselves, a causal mask made per call, scores,
-    softmax and dropout materialised (aten/src/ATen/native/transformers/attention.cpp).
+    _scaled_dot_product_attention_math: in float32 on CUDA, query and key scaled by themselves, a causal mask made
+    per call, scores, softmax and dropout materialised, outside autocast
+    (aten/src/ATen/native/transformers/attention.cpp).
     """
     batch, heads, length, head_dim = query.shape
+    dtype, outer = query.dtype, g.autocast
+    g.autocast = None
+    if g.device == "cuda":
+        query, key, value = cast(g, query, "float32"), cast(g, key, "float32"), cast(g, value, "float32")
     scaled_query = scale(g, query, "scaled query")
     ones = g.new((length, length), "bool", "causal mask")
     lower = g.new((length, length), "bool", "causal mask")
@@ -271,9 +291,14 @@ def _math(g: Graph, query: Tensor, key: Tensor, value: Tensor, probability: floa
     groups = heads // key.shape[1]
     if groups > 1:
         key, value = _repeat(g, key, groups), _repeat(g, value, groups)
-    scores = softmax(g, batched_matmul(g, scaled_query, scale(g, key, "scaled key"), length), query.dtype)
+    scores = batched_matmul(g, scaled_query, scale(g, key, "scaled key"), length)
+    # _safe_softmax keeps what it makes of the softmax, for rows that are all masked.
+    inner = g.new(scores.shape, scores.dtype, "softmax") if g.device == "cuda" else None
+    scores = softmax(g, scores, query.dtype)
+    del inner
     scores = dropout(g, scores, probability)
-    out = batched_matmul(g, scores, value, head_dim)
+    out = cast(g, batched_matmul(g, scores, value, head_dim), dtype)
+    g.autocast = outer
     del mask
     merged = g.new((batch, length, heads * head_dim), out.dtype, "merged heads")
     if g.needs(out):

@@ -46,6 +46,8 @@ class Behaviour:
     """flash_attention_2 gets a key and value head per query head: MistralFlashAttention2 before 4.48."""
     padding_mask: bool = False
     """Batches are padded, so that sdpa is given a mask and takes the memory-efficient kernel."""
+    before_ampere: bool = False
+    """The card is older than sm80, for which sdpa has fewer kernels."""
     first_length: int | None = None
     """Tokens per sequence of the first step, where lengths vary: what a script still holds of a shorter batch."""
     triton_loss: bool = False
@@ -60,16 +62,16 @@ class Behaviour:
 
     @staticmethod
     def for_job(job: Job) -> Behaviour:
-        """The loop that the job names, in the versions at hand."""
+        """The loop and the card that the job names, in the versions at hand."""
+        before_ampere = _before_ampere(job.gpu)
         if job.loop == "script":
             return Behaviour(
                 hold_logits=True,
                 hold_hidden=True,
                 use_cache=job.activation_checkpointing == "none",
+                before_ampere=before_ampere,
             )
-        if job.loop == "hf_trainer":
-            return Behaviour(hold_hidden=True)
-        return Behaviour()
+        return Behaviour(hold_hidden=job.loop == "hf_trainer", before_ampere=before_ampere)
 
     @staticmethod
     def for_software(
@@ -100,6 +102,15 @@ class Behaviour:
             liger_before_0_5=transformers < (4, 49),
             **dict.fromkeys(kernels, True),
         )
+
+
+def _before_ampere(gpu: str | None) -> bool:
+    """Whether a job names a card below sm80; False where it names none, or one that is not in the catalogue."""
+    from memplan.gpu.catalogue import match_gpu
+
+    profile = None if gpu is None else match_gpu(gpu)
+    capability = None if profile is None else profile.compute_capability
+    return capability is not None and capability < (8, 0)
 
 
 def _version(text: str) -> tuple[int, ...]:

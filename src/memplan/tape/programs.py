@@ -297,6 +297,7 @@ def llama_attention(
             g, query, key, value,
             implementation=settings.attention, mask=mask, probability=architecture.attention_dropout,
             padded=settings.behaviour.padding_mask, repeat_heads=settings.behaviour.repeat_key_heads,
+            before_ampere=settings.behaviour.before_ampere,
         )  # fmt: skip
     if fused_lora and fuses(block, OUTPUT):
         output = fused_output(g, output, block)
@@ -418,6 +419,7 @@ def gpt2_attention(
             g, query, key, value,
             implementation=settings.attention, mask=mask, probability=architecture.attention_dropout,
             softmax_in_float32=False, padded=settings.behaviour.padding_mask,
+            before_ampere=settings.behaviour.before_ampere,
         )  # fmt: skip
     output = linear(g, output, block.linears["attn.c_proj"])
     output = dropout(g, output, architecture.residual_dropout)
