@@ -42,6 +42,12 @@ class Behaviour:
     """enable_input_require_grads, which peft's and TRL's recipes call for checkpointing."""
     reentrant: bool = False
     """Checkpointing with use_reentrant=True: transformers' default before 5 (modeling_utils.py)."""
+    fsdp1: bool = False
+    """
+    FSDP of torch.distributed.fsdp: for a frozen unit it registers a hook on the gradients of the unit's inputs, whose
+    handle keeps them until backward ends; with reentrant checkpointing those are the blocks' inputs, cut off their
+    graph, and their gradients (_runtime_utils.py, _register_post_backward_reshard_only_hook).
+    """
     repeat_key_heads: bool = False
     """flash_attention_2 gets a key and value head per query head: MistralFlashAttention2 before 4.48."""
     padding_mask: bool = False
@@ -97,6 +103,7 @@ class Behaviour:
             # peft's PeftModel and prepare_model_for_kbit_training both call it where checkpointing is on.
             input_gradients=adapters and checkpointing,
             reentrant=checkpointing and transformers < (5,),
+            fsdp1=job.world_size > 1 and checkpointing,
             repeat_key_heads=family == "mistral" and transformers < (4, 48),
             padding_mask=padded,
             liger_before_0_5=transformers < (4, 49),

@@ -10,7 +10,7 @@ and gradients that meet are added in place when one of them has a single owner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
 from math import prod
@@ -90,9 +90,15 @@ class Node:
 
     __slots__ = ("backward", "category", "edges", "extra", "layer", "metadata", "path", "saved", "sequence")
 
+    sequence: int
     edges: list[tuple[Node | Parameter, int] | None]
     metadata: list[tuple[Shape, str]]
     saved: Saved | None
+    backward: Callable[..., Gradients]
+    extra: Any
+    layer: int | None
+    path: str
+    category: str
 
 
 class Saved:
@@ -302,7 +308,7 @@ class Graph:
         self,
         output: Tensor,
         inputs: tuple[Tensor | None, ...],
-        saved: list[Tensor | None] | Saved,
+        saved: Sequence[Tensor | None] | Saved,
         backward: Callable[..., Gradients],
         extra: Any = None,
     ) -> Node:
@@ -316,7 +322,7 @@ class Graph:
         node.sequence = self.sequence
         self.sequence += 1
         edges: list[tuple[Node | Parameter, int] | None] = []
-        metadata = []
+        metadata: list[tuple[Shape, str]] = []
         for tensor in inputs:
             if tensor is None or not tensor.needs_grad:
                 edges.append(None)
@@ -331,7 +337,7 @@ class Graph:
         node.layer = self.layer
         node.path = self.path
         node.category = self.category
-        node.saved = saved if isinstance(saved, Saved) else self.save_hook(saved)
+        node.saved = saved if isinstance(saved, Saved) else self.save_hook(list(saved))
         output.node = node
         output.needs_grad = True
         return node

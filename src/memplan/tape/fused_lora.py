@@ -8,6 +8,8 @@ written over that input.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.tape.engine import Gradients, Graph, Node, Tensor
 from memplan.tape.linear import Adapter, Linear, dequantized
 from memplan.tape.model import Block
@@ -35,7 +37,7 @@ def fused_output(g: Graph, x: Tensor, block: Block) -> Tensor:
         return _apply(g, x, [block.linears[OUTPUT]], _output_backward)[0]
 
 
-def _apply(g: Graph, x: Tensor, layers: list[Linear], backward) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _apply(g: Graph, x: Tensor, layers: list[Linear], backward: Callable[..., Gradients]) -> list[Tensor]:
     adapters = [_adapter(layer) for layer in layers]
     dtype = x.dtype
     with g.no_grad():

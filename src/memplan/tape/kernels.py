@@ -94,7 +94,9 @@ def liger_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor, *, before
     grad_hidden = g.new((num_tokens, width), hidden.dtype, "grad of hidden states")
     losses = g.new((num_tokens,), "float32", "losses")
     chunk_tokens = _power_of_two(-(-num_tokens // -(-head.out_features // width)))
-    logits = gradient = None
+    logits: Tensor | None = None
+    gradient: Tensor | None = None
+    fresh: Tensor | None
     for start in range(0, num_tokens, chunk_tokens):
         chunk = (min(chunk_tokens, num_tokens - start), head.out_features)
         fresh = g.new(chunk, dtype, "logits of a chunk")

@@ -304,14 +304,15 @@ class Builder:
 
     def adapt(self, linear: Linear, name: str, layer: int | None, model: Model) -> None:
         rank, dtype = self.job.lora.rank, self.job.lora.dtype
-        pair = []
-        for part, shape in (("lora_A", (rank, linear.in_features)), ("lora_B", (linear.out_features, rank))):
+
+        def matrix(part: str, shape: tuple[int, int]) -> Parameter:
             full_name = f"{name}.{part}.default.weight"
-            pair.append(
-                self.parameter(full_name, shape, layer, dtype=dtype, trainable=True, category="adapters")
-            )
-        linear.adapter = Adapter(*pair, dropout=self.job.lora.dropout)
-        model.trainable += pair
+            return self.parameter(full_name, shape, layer, dtype=dtype, trainable=True, category="adapters")
+
+        a = matrix("lora_A", (rank, linear.in_features))
+        b = matrix("lora_B", (linear.out_features, rank))
+        linear.adapter = Adapter(a, b, self.job.lora.dropout)
+        model.trainable += [a, b]
 
     def attach_npt(self, model: Model, npt_layers: frozenset[int]) -> None:
         """Modulators are float32 whatever the base is: they are what trains."""

@@ -128,7 +128,8 @@ class OptimizerProgram:
         """_single_tensor_adam: `denom` of one parameter lives until the next one's is made."""
         g = self.g
         g.begin(f"loop {number}")
-        denominator = None
+        denominator: Tensor | None = None
+        fresh: Tensor | None
         for parameter in self.parameters:
             g.enter(parameter.layer)
             root = g.new(
@@ -147,7 +148,8 @@ class OptimizerProgram:
         """
         g = self.g
         g.begin(f"loop {number}")
-        update = None
+        update: Tensor | None = None
+        fresh: Tensor | None
         for parameter in self.parameters:
             g.enter(parameter.layer)
             fresh = g.new(parameter.local_shape, parameter.stored_dtype, f"{parameter.name} update", "workspace")

@@ -51,6 +51,8 @@ class Settings:
         self.behaviour = behaviour or Behaviour()
         self.offload_inputs = offload_inputs
         self.host_bytes = 0
+        self.kept: list[tuple[Parameter, Tensor | None]] | None = None
+        """Inputs of checkpointed blocks and their gradients, where something keeps them until backward ends."""
         self.cache: list[tuple[int, Tensor]] = []
         self.npt_block: Callable[[Block, Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
         """Runs a converted block, given its attention."""
@@ -89,7 +91,7 @@ def _checkpointed(
 ) -> Tensor:
     path = g.path
     if settings.behaviour.reentrant:
-        return _checkpointed_reentrant(g, block, hidden, run)
+        return _checkpointed_reentrant(g, block, hidden, run, settings)
     if settings.offload_inputs:
         # The input goes to the host and comes back for the recomputation.
         settings.host_bytes += prod(hidden.shape) * ITEMSIZE[hidden.dtype]
@@ -119,17 +121,23 @@ def _checkpointed(
 
 
 def _checkpointed_reentrant(
-    g: Graph, block: Block, hidden: Tensor, run: Callable[[Block, Tensor], Tensor]
+    g: Graph,
+    block: Block,
+    hidden: Tensor,
+    run: Callable[[Block, Tensor], Tensor],
+    settings: Settings,
 ) -> Tensor:
     """
     torch.utils.checkpoint with use_reentrant=True (CheckpointFunction): forward without a graph; backward runs the
-    whole block again and then its graph, and holds the block's output and its gradient until both are done.
+    whole block again and then its graph, and holds the block's output and its gradient until both are done, and
+    the block's input and that one's gradient for as long as `settings.kept`.
     """
     path = g.path
     with g.no_grad():
         out = run(block, hidden)
     if g.needs(hidden):
-        g.record(out, (hidden,), [hidden], partial(_reentrant_backward, path=path, block=block, run=run))
+        backward = partial(_reentrant_backward, path=path, block=block, run=run, settings=settings)
+        g.record(out, (hidden,), [hidden], backward)
     return out
 
 
@@ -142,6 +150,7 @@ def _reentrant_backward(
     path: str,
     block: Block,
     run: Callable[[Block, Tensor], Tensor],
+    settings: Settings,
 ) -> Gradients:
     x = saved[0]
     assert x is not None and x.storage is not None
@@ -153,6 +162,8 @@ def _reentrant_backward(
     g.grad_enabled = False
     g.backward_from(output, gradients[0])
     g.path, g.category = outer
+    if settings.kept is not None:
+        settings.kept.append((leaf, leaf.grad))
     gradient, leaf.grad = leaf.grad, None
     return [gradient]
 
@@ -440,7 +451,9 @@ def _split_three(g: Graph, projected: Tensor, heads: int, head_dim: int) -> tupl
     return views  # type: ignore[return-value]
 
 
-def _split_three_backward(g: Graph, node, gradients, _):  # type: ignore[no-untyped-def]
+def _split_three_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
     return [g.new(node.extra, gradients[0].dtype, "grad of query, key and value")]
 
 

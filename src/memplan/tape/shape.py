@@ -125,11 +125,24 @@ class Loop:
                 self.g.leave_autocast()  # casts of weights live until autocast ends; the graph keeps its own
                 recording.mark("backward", number)
                 self.g.begin(f"backward {number}.{micro}")
+                if self.behaviour.fsdp1 and self.job.method != "full":
+                    self.settings.kept = []
                 self.g.backward(loss)
+                self.release_kept(f"{number}.{micro}")
                 del loss
         recording.mark("optimizer_step", number)
         optimizer.step(number)
         optimizer.zero_grad(number)
+
+    def release_kept(self, label: str) -> None:
+        """What FSDP1's hooks kept goes, block by block."""
+        kept = self.settings.kept or []
+        self.settings.kept = None
+        self.g.begin(f"inputs freed {label}")
+        while kept:
+            self.g.enter(kept[-1][0].layer)
+            kept.pop()
+        self.g.enter(None)
 
     def forward(self, label: str, length: int) -> Tensor | None:
         g, job = self.g, self.job
