@@ -1,6 +1,6 @@
 """Bad jobs: every one is a JobError that names the place, the field and the remedy."""
 
-# ruff: noqa: E501 (a table reads best with one case per line)
+
 
 from pathlib import Path
 

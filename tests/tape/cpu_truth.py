@@ -47,7 +47,9 @@ def profiled_step(job: Job, config: dict) -> list[int]:
     gc.collect()
     gc.disable()
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
             loop.step(2)
     finally:
         gc.enable()
@@ -62,7 +64,8 @@ def planned_step(job: Job, config: dict) -> list[int]:
     tape = write_tape(job, architecture, device="cpu").flatten()
     start = next(mark.event for mark in tape.marks if mark.step == 2)
     signed = [
-        tape.sizes[event] if event > 0 else -tape.sizes[-event] for event in tape.events[start : tape.marks[-1].event]
+        tape.sizes[event] if event > 0 else -tape.sizes[-event]
+        for event in tape.events[start : tape.marks[-1].event]
     ]
     return [size for size in signed if abs(size) >= SMALLEST_BYTES]
 

@@ -34,7 +34,13 @@ CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "gpt2": GPT2}
 
 def make_job(**fields) -> Job:
     """A job on random float32 weights."""
-    base = {"model": "tiny", "weights": "random", "dtype": "float32", "micro_batch_size": 2, "max_seq_len": 64}
+    base = {
+        "model": "tiny",
+        "weights": "random",
+        "dtype": "float32",
+        "micro_batch_size": 2,
+        "max_seq_len": 64,
+    }
     return Job(**{**base, "lora": Lora(rank=8), "npt": Npt(rank=8), **fields})
 
 

@@ -29,7 +29,12 @@ JOBS = [
 JOBS += [
     {"method": "npt", "npt": Npt(rank=4)},
     {"method": "npt", "npt": Npt(rank=4, layers=(3, 4, 5, 6, 7, 10), form="materialised")},
-    {"method": "lora", "loss": "chunked", "gradient_accumulation_steps": 4, "train": Train(max_grad_norm=1.0)},
+    {
+        "method": "lora",
+        "loss": "chunked",
+        "gradient_accumulation_steps": 4,
+        "train": Train(max_grad_norm=1.0),
+    },
     {"method": "lora", "activation_checkpointing": "full", "activation_offload": True},
     {"method": "full", "optimizer": "adafactor", "autocast": "bfloat16", "dtype": "float32"},
     {"method": "lora", "autocast": "bfloat16", "dtype": "float32", "activation_checkpointing": "full"},
@@ -49,7 +54,9 @@ def make_job(**fields) -> Job:
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=lambda architecture: architecture.family)
-@pytest.mark.parametrize("fields", JOBS, ids=lambda fields: "-".join(str(value) for value in fields.values())[:60])
+@pytest.mark.parametrize(
+    "fields", JOBS, ids=lambda fields: "-".join(str(value) for value in fields.values())[:60]
+)
 def test_repeated_blocks_equal_recorded_ones(fields, architecture, monkeypatch):
     """Events, sizes, marks and streams are those of a recording of every block."""
     job = make_job(**fields)
@@ -86,7 +93,7 @@ def test_names_carry_the_block_they_are_repeated_in():
 
     for layer in range(LLAMA.num_hidden_layers):
         assert f"model.layers.{layer}.mlp.down_proj.weight" in names
-        assert f"model.layers.{layer}.mlp.down_proj.weight grad" in {name.split(" model")[-1].strip() for name in names} | names
+        assert any(name.endswith(f"model.layers.{layer}.mlp.down_proj.weight grad") for name in names)
 
 
 def test_storages_are_freed_once_and_after_they_were_made():

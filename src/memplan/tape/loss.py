@@ -136,7 +136,9 @@ def _chunk(g: Graph, size: int, vocabulary: int, dtype: str) -> None:
     del logits
 
 
-def _chunked_backward(g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]) -> Gradients:
+def _chunked_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
     """Both stored gradients, times the gradient of the loss."""
     outputs: Gradients = []
     for tensor, name in zip(reversed(saved), ("hidden states", "head")):

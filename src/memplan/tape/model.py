@@ -210,7 +210,9 @@ class Builder:
                 num_bytes = -(-num_bytes // self.layout.parameters)
                 if self.layout.params_on_host:
                     continue
-            held.append(g.new((num_bytes,), "uint8", f"{name} {part}", "weights" if packed else "quant_state"))
+            held.append(
+                g.new((num_bytes,), "uint8", f"{name} {part}", "weights" if packed else "quant_state")
+            )
         del weight
         return held
 
@@ -270,7 +272,9 @@ class Builder:
         g.begin("buckets")
         for layer in [None, *self.layers]:
             g.enter(layer)
-            sizes = [prod(item.shape) * ITEMSIZE[item.dtype] for item in model.trainable if item.layer == layer]
+            sizes = [
+                prod(item.shape) * ITEMSIZE[item.dtype] for item in model.trainable if item.layer == layer
+            ]
             if sizes:
                 model.kept.append(g.storage(sum(sizes), "gradient bucket", category="comm"))
         g.enter(None)

@@ -11,7 +11,18 @@ from memplan.job.spec import Job
 from memplan.tape.engine import Gradients, Graph, Node, Tensor
 from memplan.tape.linear import autocast_to, linear
 from memplan.tape.model import Block, Model, NptModulator
-from memplan.tape.ops import add, alias, cast, dropout, layer_norm, mul, promote, rms_norm, scale, unary_saving_output
+from memplan.tape.ops import (
+    add,
+    alias,
+    cast,
+    dropout,
+    layer_norm,
+    mul,
+    promote,
+    rms_norm,
+    scale,
+    unary_saving_output,
+)
 from memplan.tape.programs import Settings, activation, decoder, gated_mlp, gpt2_mlp
 
 
@@ -39,7 +50,11 @@ def _local_block(
     a = attend(_norm(g, model, block, 1, h))
     residual = add(g, h, a, "residual")
     normed = _norm(g, model, block, 2, residual)
-    branch = gpt2_mlp(g, model, block, normed) if model.architecture.family == "gpt2" else gated_mlp(g, block, normed)
+    branch = (
+        gpt2_mlp(g, model, block, normed)
+        if model.architecture.family == "gpt2"
+        else gated_mlp(g, block, normed)
+    )
     del normed
     target = add(g, a, branch, "target")
     out = add(g, residual, branch, "residual stream")
@@ -69,14 +84,20 @@ def _student(
 def _product(g: Graph, x: Tensor, weight: Tensor, columns: int, name: str) -> Tensor:
     """`x @ weight` of (..., k) and (k, columns)."""
     x, weight = autocast_to(g, x), autocast_to(g, weight)
-    saved = g.save(x if weight.needs_grad else None, weight if x.needs_grad else None) if g.needs(x, weight) else None
+    saved = (
+        g.save(x if weight.needs_grad else None, weight if x.needs_grad else None)
+        if g.needs(x, weight)
+        else None
+    )
     out = g.new((*x.shape[:-1], columns), x.dtype, name)
     if saved is not None:
         g.record(out, (x, weight), saved, _product_backward, (x.shape, weight.shape))
     return out
 
 
-def _product_backward(g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]) -> Gradients:
+def _product_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
     gradient = gradients[0]
     shape_x, shape_weight = node.extra
     edge_x, edge_weight = node.edges
@@ -106,7 +127,9 @@ def _squared_norm(g: Graph, npt: NptModulator, m: Tensor) -> Tensor:
     return projected
 
 
-def _student_mlp(g: Graph, model: Model, block: Block, npt: NptModulator, x: Tensor, m: Tensor, form: str) -> Tensor:
+def _student_mlp(
+    g: Graph, model: Model, block: Block, npt: NptModulator, x: Tensor, m: Tensor, form: str
+) -> Tensor:
     gpt2 = model.architecture.family == "gpt2"
     first = block.linears["mlp.c_fc" if gpt2 else "mlp.gate_proj"]
     gate = linear(g, x, first)
@@ -165,7 +188,9 @@ def _apply_delta(g: Graph, x: Tensor, delta: Tensor, shape: tuple[int, ...]) -> 
     return out
 
 
-def _apply_delta_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
+def _apply_delta_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
     return [g.new(node.extra, gradients[0].dtype, "grad of weight delta")]
 
 
@@ -186,11 +211,12 @@ def _mean_square(g: Graph, x: Tensor) -> Tensor:
     return total
 
 
-def _equivalence_backward(g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]) -> Gradients:
+def _equivalence_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
     error = saved[0]
     assert error is not None
     product = g.new(error.shape, "float32", "grad of output in float32")
     if error.dtype == "float32":
         return [product]
     return [g.new(error.shape, error.dtype, "grad of output")]
-

@@ -133,9 +133,14 @@ class OptimizerProgram:
         for parameter in self.parameters:
             g.enter(parameter.layer)
             root = g.new(
-                parameter.local_shape, parameter.stored_dtype, f"{parameter.name} sqrt of exp_avg_sq", "workspace"
+                parameter.local_shape,
+                parameter.stored_dtype,
+                f"{parameter.name} sqrt of exp_avg_sq",
+                "workspace",
             )
-            fresh = g.new(parameter.local_shape, parameter.stored_dtype, f"{parameter.name} denominator", "workspace")
+            fresh = g.new(
+                parameter.local_shape, parameter.stored_dtype, f"{parameter.name} denominator", "workspace"
+            )
             del root
             denominator, fresh = fresh, None
         g.enter(None)
@@ -152,7 +157,9 @@ class OptimizerProgram:
         fresh: Tensor | None
         for parameter in self.parameters:
             g.enter(parameter.layer)
-            fresh = g.new(parameter.local_shape, parameter.stored_dtype, f"{parameter.name} update", "workspace")
+            fresh = g.new(
+                parameter.local_shape, parameter.stored_dtype, f"{parameter.name} update", "workspace"
+            )
             update, fresh = fresh, None
         g.enter(None)
         del update

@@ -36,7 +36,6 @@ from memplan.tape.ops import (
     unary_saving_output,
 )
 
-
 CPU_RNG_STATE_BYTES = 5056
 """torch.get_rng_state(), which checkpointing keeps per block; on the host, so that it counts only on the CPU."""
 

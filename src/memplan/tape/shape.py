@@ -56,7 +56,9 @@ def record(
     behaviour = behaviour or Behaviour.for_job(job)
     if job.method == "npt":
         # Converted models train in eval mode: a teacher with dropout is a noisy one.
-        architecture = replace(architecture, attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0)
+        architecture = replace(
+            architecture, attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0
+        )
     g = Graph(device)
     if device == "cuda":
         g.workspace_bytes = behaviour.cublas_workspace_bytes

@@ -143,7 +143,9 @@ class Units:
         if not num_bytes:
             return
         if self.layout.params_on_host:
-            shard = self._comm(num_bytes // self.layout.parameters, "shards fetched from the host", GATHER_STREAM)
+            shard = self._comm(
+                num_bytes // self.layout.parameters, "shards fetched from the host", GATHER_STREAM
+            )
             self.gathered[layer] = self._comm(num_bytes, "all-gather output", GATHER_STREAM)
             del shard
         else:
@@ -151,7 +153,8 @@ class Units:
 
     def _copy_out(self, layer: int | None) -> None:
         self.unsharded[layer] = [
-            self.g.new(part.shape, part.dtype, f"{part.name} gathered", "comm") for part in self.parts.get(layer, ())
+            self.g.new(part.shape, part.dtype, f"{part.name} gathered", "comm")
+            for part in self.parts.get(layer, ())
         ]
         self.gathered.pop(layer, None)
 
@@ -169,4 +172,6 @@ class Units:
         for parameter in parameters:
             if parameter.sharded_grad is None:
                 name = f"{parameter.name} grad"
-                parameter.sharded_grad = self.g.new(parameter.local_shape, parameter.stored_dtype, name, "gradients")
+                parameter.sharded_grad = self.g.new(
+                    parameter.local_shape, parameter.stored_dtype, name, "gradients"
+                )
