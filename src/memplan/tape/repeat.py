@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from memplan.tape.engine import Graph
 from memplan.tape.tape import Mark, Storage, Tape
@@ -123,7 +124,7 @@ class Expansion:
         templates: list[Template] = []
         starts: list[int] = []
         counts: dict[tuple[str, int | None], int] = {}
-        for (start, group, layer), (end, _, _) in zip(bounds, bounds[1:]):
+        for (start, group, layer), (end, _, _) in pairwise(bounds):
             end = min(end, len(events))
             if start >= end:
                 continue
