@@ -19,7 +19,11 @@ _QUERY_AND_VALUE = ("q_proj", "v_proj")
 
 
 def rank(job: Job) -> Dimension | None:
-    """Halvings of the rank of the adapters, with alpha, so that the scale alpha / rank stays."""
+    """
+    Halvings of the rank of the adapters, with alpha, so that the scale alpha / rank stays.
+
+    Small tensors have optimizer states that are neither quantised nor paged, so a smaller rank may need more.
+    """
     if job.method not in ("lora", "qlora"):
         return None
     edits = []
@@ -36,7 +40,7 @@ def rank(job: Job) -> Dimension | None:
             )
         )
         divisor *= 2
-    return dimension("lora.rank", edits, chain=True)
+    return dimension("lora.rank", edits)
 
 
 def target_modules(job: Job, architecture: Architecture) -> Dimension | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from memplan.fit import costs
 from memplan.fit.capacity import npt_layers, rank, target_modules
-from memplan.fit.lattice import Dimension, Edit, dimension
+from memplan.fit.lattice import AS_IS, Dimension, Edit, dimension
 from memplan.fit.slower import activations, micro_batch, states
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
@@ -35,12 +35,12 @@ def candidate_edits(
     candidates = [
         allocator(job),
         optimizer_kernel(job),
-        attention(job),
+        attention(job, architecture),
         loss(job),
         npt_form(job),
         micro_batch(job),
         activations(job, architecture),
-        states(job),
+        states(job, architecture),
         base_weights(job),
         kbit_preparation(job),
         adapter_dtype(job),
@@ -67,21 +67,27 @@ def allocator(job: Job) -> Dimension | None:
 
 
 def optimizer_kernel(job: Job) -> Dimension | None:
-    """torch has fused kernels for these two only (`torch/optim/adamw.py`, `sgd.py`)."""
+    """
+    The fused step, which torch has for these two only (`torch/optim/adamw.py`, `sgd.py`). It counts steps on
+    the GPU, a few bytes for every tensor, so it is not stated never to need more.
+    """
     if job.optimizer_kernel == "fused" or job.optimizer not in ("adamw", "sgd"):
         return None
     summary = "fused optimizer step: no temporaries of the size of the states"
-    return dimension(
-        "optimizer_kernel", [Edit("fused step", {"optimizer_kernel": "fused"}, summary)], chain=True
-    )
+    return dimension("optimizer_kernel", [Edit("fused step", {"optimizer_kernel": "fused"}, summary)])
 
 
-def attention(job: Job) -> Dimension | None:
-    """sdpa instead of eager."""
+def attention(job: Job, architecture: Architecture) -> Dimension | None:
+    """
+    sdpa instead of eager. It keeps its output (length x head_dim) in another layout instead of the scores
+    (length x length), which is less from lengths of head_dim on; that is stated where the shortest length
+    offered is twice as long.
+    """
     if job.attention != "eager":
         return None
     summary = "sdpa attention: the scores of all pairs of tokens are never held"
-    return dimension("attention", [Edit("sdpa", {"attention": "sdpa"}, summary)], chain=True)
+    is_ordered = job.max_seq_len * SEQUENCE_FRACTIONS[-1] >= 2 * architecture.head_dim
+    return dimension("attention", [Edit("sdpa", {"attention": "sdpa"}, summary)], chain=is_ordered)
 
 
 def loss(job: Job) -> Dimension | None:
@@ -89,7 +95,8 @@ def loss(job: Job) -> Dimension | None:
     The losses that a loop can run: ours has both, transformers' Trainer has Liger's by a flag and the chunked
     one through TRL, and a script can have Liger's kernel patched in. Local NPT training has no logits.
 
-    Neither is stated to need less than `full`: both hold the head's gradient from forward to backward.
+    Both hold less than all logits, and where the head trains also its gradient from forward to backward, so
+    with a frozen head only they are stated to need no more.
     """
     if job.loss != "full" or job.method == "npt":
         return None
@@ -102,7 +109,8 @@ def loss(job: Job) -> Dimension | None:
         flag = " and `use_liger_kernel: true`"
     summary = f"fused loss: the logits are never held (takes the package liger-kernel{flag})"
     fused = Edit("fused loss", {"loss": "fused"}, summary, slowdown=costs.LIGER_LOSS_SLOWDOWN)
-    return dimension("loss", [fused] if job.loop == "script" else [chunked, fused])
+    frozen_head = [(edit.name, AS_IS.name) for edit in (chunked, fused) if job.method != "full"]
+    return dimension("loss", [fused] if job.loop == "script" else [chunked, fused], no_more_than=frozen_head)
 
 
 def npt_form(job: Job) -> Dimension | None:
@@ -117,8 +125,8 @@ def base_weights(job: Job) -> Dimension | None:
     """
     Fewer bits for the base weights. 4 bits turn `lora` into `qlora` with the job's quantisation settings.
 
-    bfloat16 weights under float32 adapters add casts and 4-bit ones add dequantised copies, so nothing is
-    stated.
+    Nothing is stated: bfloat16 weights under float32 adapters add casts, and 4-bit ones dequantised copies,
+    which cost more than they save when the weights are on the host anyway.
     """
     edits = []
     if job.dtype == "float32" and job.method != "qlora":
@@ -154,12 +162,15 @@ def kbit_preparation(job: Job) -> Dimension | None:
 
 
 def adapter_dtype(job: Job) -> Dimension | None:
-    """Adapters in the bfloat16 of the base. On a float32 base they would add casts instead."""
+    """
+    Adapters in the bfloat16 of the base. On a float32 base they would add casts, and so they do where
+    `kbit_preparation` leaves float32 norms.
+    """
     if job.method not in ("lora", "qlora") or job.lora.dtype != "float32" or job.dtype != "bfloat16":
         return None
     summary = "adapters, their gradients and optimizer states in bfloat16"
     edit = Edit("bfloat16 adapters", {"lora.dtype": "bfloat16"}, summary, tier=2)
-    return dimension("adapter dtype", [edit], chain=True)
+    return dimension("adapter dtype", [edit], chain=not job.quantization.kbit_preparation)
 
 
 def sequence(job: Job) -> Dimension | None:

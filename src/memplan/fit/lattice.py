@@ -16,7 +16,7 @@ smallest first, by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,11 +50,11 @@ class Dimension:
 
     name: str
     options: tuple[Edit, ...]
-    no_more_than: tuple[int | None, ...]
+    no_more_than: tuple[tuple[int, ...], ...]
     """
-    For each option, another that it never needs more memory than, whatever the other dimensions pick; None
-    states nothing. The search bounds many states by one evaluation with it, so it is stated only where it
-    follows from what the options do.
+    For each option, those that it never needs more memory than, whatever the other dimensions pick. The
+    search bounds many states by one evaluation with it, so it is stated only where it follows from what the
+    options do.
     """
 
     def allowed(self, tier: int, num_changes: int) -> tuple[int, ...]:
@@ -69,29 +69,36 @@ class Dimension:
         """Those of the given options of which one needs the least memory, the last first."""
         outdone: set[int] = set()
         for index in options:
-            other = self.no_more_than[index]
-            while other is not None:
+            pending = list(self.no_more_than[index])
+            while pending:
+                other = pending.pop()
                 outdone.add(other)
-                other = self.no_more_than[other]
+                pending += self.no_more_than[other]
         return tuple(index for index in reversed(options) if index not in outdone)
 
 
 def dimension(
-    name: str, edits: Sequence[Edit], no_more_than: Mapping[str, str] | None = None, *, chain: bool = False
+    name: str, edits: Sequence[Edit], *, chain: bool = False, no_more_than: Sequence[tuple[str, str]] = ()
 ) -> Dimension | None:
     """
     The dimension of these edits; None if there are none.
 
-    `no_more_than` maps an edit's name to that of an option which it never needs more memory than. `chain`
-    says that none of them needs more than the one before it, the first no more than the job as it is.
+    `chain` says that none of them needs more than the one before it, the first no more than the job as it is.
+    `no_more_than` has pairs of names, the one that never needs more than the other first; pairs with an edit
+    that is not offered do not count.
     """
     if not edits:
         return None
     names = [AS_IS.name, *(edit.name for edit in edits)]
-    if chain:
-        no_more_than = dict(zip(names[1:], names))
-    stated = {smaller: names.index(larger) for smaller, larger in (no_more_than or {}).items()}
-    return Dimension(name, (AS_IS, *edits), tuple(stated.get(option) for option in names))
+    pairs = list(zip(names[1:], names)) if chain else no_more_than
+    return Dimension(
+        name,
+        (AS_IS, *edits),
+        tuple(
+            tuple(names.index(larger) for smaller, larger in pairs if smaller == option and larger in names)
+            for option in names
+        ),
+    )
 
 
 def edits_of(dimensions: Sequence[Dimension], state: State) -> tuple[Edit, ...]:
@@ -104,26 +111,14 @@ def changed(state: State) -> frozenset[int]:
     return frozenset(position for position, index in enumerate(state) if index)
 
 
-def cost(edits: Iterable[Edit]) -> tuple[int, int, float, float]:
+def cheapest(dimensions: Sequence[Dimension], box: Box) -> tuple[float, float]:
     """
-    (highest tier, number of changes, slowdown, share given up) of edits made together; (0, 0, 1.0, 0.0) of
-    none.
+    (slowdown, share given up) that no state of the box stays below; those of the state if the box holds one.
 
     Slowdowns multiply, and so do the shares that are kept. Both are rounded to six decimals: they are
-    predictions, and combinations that predict the same must compare equal however floating point orders their
-    factors.
+    predictions, and combinations that predict the same must compare equal however floating point orders
+    their factors.
     """
-    chosen = tuple(edits)
-    return (
-        max((edit.tier for edit in chosen), default=0),
-        sum(edit.num_changes for edit in chosen),
-        round(math.prod(edit.slowdown for edit in chosen), 6),
-        round(1 - math.prod(1 - edit.given_up for edit in chosen), 6),
-    )
-
-
-def cheapest(dimensions: Sequence[Dimension], box: Box) -> tuple[float, float]:
-    """(slowdown, share given up) that no state of the box stays below."""
     slowdown = math.prod(
         min(dimension.options[index].slowdown for index in options)
         for dimension, options in zip(dimensions, box)

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from memplan.budget.result import Capacity, Change
 from memplan.errors import MemplanError
 from memplan.fit.changes import candidate_edits
-from memplan.fit.lattice import Box, Dimension, State, changed, cheapest, cost, edits_of
+from memplan.fit.lattice import Box, Dimension, State, changed, cheapest, edits_of
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 
 
 class Evaluate(Protocol):
     """
-    What a job needs, in bytes per GPU. Both raise `MemplanError` for a job that cannot be estimated.
+    What a job needs, in bytes per GPU. Both raise `MemplanError` for a job that cannot be estimated; an edit
+    with which the job cannot be must not become known with more edits.
 
     Where `Dimension.no_more_than` says that an option needs no more than another, its `lower_bound_bytes`
     must be no more than the other's. The lower bound must be defined wherever the need is.
@@ -46,10 +47,13 @@ class Estimate:
     architecture: Architecture
 
     def lower_bound_bytes(self, job: Job) -> int:
-        """Live bytes at the peak, without a replay."""
+        """
+        Live bytes at the peak, without a replay, of two micro batches: those that follow are like the second.
+        """
         from memplan.budget.estimate import quick_need_bytes
 
-        return quick_need_bytes(job, self.architecture)
+        steps = min(job.gradient_accumulation_steps, 2)
+        return quick_need_bytes(job.replace(gradient_accumulation_steps=steps), self.architecture)
 
     def need_bytes(self, job: Job) -> int:
         """The smallest capacity at which the replay completes."""
@@ -87,10 +91,8 @@ def smallest_changes(
     same order, each leaving alone something that every better one changes, so that they are different choices
     and not the same one with more added. Tier 4 takes part only with `allow_capacity`.
 
-    An edit that cannot be estimated alone is left out, and so is a combination that cannot be estimated.
-
     A job that fits as it is gives one `Change` with an empty `set`; a lattice in which nothing fits gives
-    `()`. Raises `MemplanError` if the job itself cannot be estimated.
+    `()`. What cannot be estimated is passed over. Raises `MemplanError` if the job itself cannot be.
     """
     return search_changes(
         job,
@@ -128,21 +130,20 @@ def search_lattice(
     num_results: int = 4,
 ) -> Search:
     """The smallest changes over any lattice; see `smallest_changes` for the order and what is left out."""
-    need_bytes = evaluate.need_bytes(job)
-    if need_bytes <= limit_bytes:
-        unchanged = Change({}, "fits as it is", 0, 1.0, need_bytes, limit_bytes - need_bytes)
-        return Search((unchanged,), (), 0, 1)
     lattice = _Lattice(job, dimensions, limit_bytes, evaluate)
-    found: list[State] = []
-    for state in lattice.fitting_states(found):
-        found.append(state)
-        if len(found) == num_results:
-            break
+    lower_bound_bytes = evaluate.lower_bound_bytes(job)
+    if lower_bound_bytes <= limit_bytes:
+        need_bytes = evaluate.need_bytes(job)
+        if need_bytes <= limit_bytes:
+            unchanged = Change({}, "fits as it is", 0, 1.0, need_bytes, limit_bytes - need_bytes)
+            return Search((unchanged,), (), 1, 1)
+    lattice.lower_bounds[(0,) * len(dimensions)] = lower_bound_bytes
+    states = tuple(itertools.islice(lattice.fitting_states(), num_results))
     return Search(
-        changes=tuple(lattice.change(state) for state in found),
+        changes=tuple(lattice.change(state) for state in states),
         skipped=tuple(lattice.skipped.values()),
         num_lower_bounds=len(lattice.lower_bounds),
-        num_exact=len(lattice.needs) + 1,
+        num_exact=len(lattice.needs),
     )
 
 
@@ -160,75 +161,54 @@ class _Lattice:
         self.needs: dict[State, int | MemplanError] = {}
         self.skipped: dict[str, str] = {}
         """The first combination that each reason was met with."""
-        self.left_out: set[tuple[int, int]] = set()
-        """(dimension, option) of edits that cannot be estimated alone."""
+        self.unknown: set[tuple[int, int]] = set()
+        """(dimension, option) of edits that cannot be estimated even alone, and so in no combination."""
+        self.found: list[frozenset[int]] = []
+        """The dimensions that each state found so far changes."""
 
-    def fitting_states(self, found: list[State]) -> Iterator[State]:
-        """
-        States that fit, smallest first, none of which changes everything that one in `found` changes.
-
-        The caller appends to `found` what it keeps.
-        """
+    def fitting_states(self) -> Iterator[State]:
+        """States that fit, smallest first, none of which changes everything that one before it changes."""
         tiers = sorted({option.tier for dimension in self.dimensions for option in dimension.options[1:]})
         most_changes = sum(
             max(option.num_changes for option in dimension.options) for dimension in self.dimensions
         )
         for tier in tiers:
-            self._leave_out_unknown(tier)
             for num_changes in range(1, most_changes + 1):
-                boxes = self._boxes(tier, num_changes, found)
+                boxes = self._boxes(tier, num_changes)
                 queue = [(*cheapest(self.dimensions, box), box) for box in boxes]
                 heapq.heapify(queue)
                 while queue:
-                    yield from self._roomiest_first(self._next_cheapest(queue, tier, found), found)
+                    yield from self._roomiest_first(self._next_cheapest(queue, tier))
 
     def change(self, state: State) -> Change:
         """A fitting state as a person and a job file see it."""
         edits = edits_of(self.dimensions, state)
-        tier, _, slowdown, _ = cost(edits)
+        slowdown, _ = cheapest(self.dimensions, tuple((index,) for index in state))
         need_bytes = self._need(state)
         assert need_bytes is not None
         return Change(
             set=self._settings(state),
             summary="; ".join(edit.summary for edit in edits),
-            tier=tier,
+            tier=max(edit.tier for edit in edits),
             slowdown=slowdown,
             need_bytes=need_bytes,
             headroom_bytes=self.limit_bytes - need_bytes,
         )
 
-    def _leave_out_unknown(self, tier: int) -> None:
-        """
-        Leaves out the edits of this tier that cannot be estimated even alone: nothing could be bounded with
-        them.
-        """
-        for position, dimension in enumerate(self.dimensions):
-            for index, option in enumerate(dimension.options[1:], 1):
-                alone = tuple(index if other == position else 0 for other in range(len(self.dimensions)))
-                if option.tier == tier and self._lower_bound(alone) is None:
-                    self.left_out.add((position, index))
-
-    def _allowed(self, position: int, tier: int, num_changes: int) -> tuple[int, ...]:
-        options = self.dimensions[position].allowed(tier, num_changes)
-        return tuple(index for index in options if (position, index) not in self.left_out)
-
-    def _boxes(self, tier: int, num_changes: int, found: Sequence[State]) -> Iterator[Box]:
+    def _boxes(self, tier: int, num_changes: int) -> Iterator[Box]:
         """
         Boxes that together hold every state of this tier with so many changes that may fit and is none of
-        `found` with more added. All states of a box change the same dimensions.
+        those found with more added. All states of a box change the same dimensions.
         """
-        found_sets = [changed(state) for state in found]
 
         def descend(prefix: Box, left: int) -> Iterator[Box]:
             position = len(prefix)
             chosen = {index for index, options in enumerate(prefix) if 0 not in options}
-            missing = [one - chosen for one in found_sets]
-            if not all(missing):
-                return
+            missing = [one - chosen for one in self.found]
             completing = set().union(*(rest for rest in missing if len(rest) == 1))
             remaining = tuple(
-                (0,) if index in completing else self._allowed(index, tier, left)
-                for index in range(position, len(self.dimensions))
+                (0,) if index in completing else dimension.allowed(tier, left)
+                for index, dimension in enumerate(self.dimensions[position:], position)
             )
             box = prefix + remaining
             if not self._reaches(box, tier) or not self._may_fit(box):
@@ -245,22 +225,17 @@ class _Lattice:
 
         yield from descend((), num_changes)
 
-    def _next_cheapest(
-        self, queue: list[tuple[float, float, Box]], tier: int, found: Sequence[State]
-    ) -> list[State]:
+    def _next_cheapest(self, queue: list[tuple[float, float, Box]], tier: int) -> list[State]:
         """
         Takes the states of this tier with the least (slowdown, share given up) off the queue, splitting boxes
         on the way. `queue` is a heap of (what no state of the box stays below, box).
         """
-        found_sets = [changed(state) for state in found]
         states: list[State] = []
         least: tuple[float, float] | None = None
         while queue and (least is None or queue[0][:2] == least):
             slowdown, given_up, box = heapq.heappop(queue)
-            changes = {position for position, options in enumerate(box) if 0 not in options}
-            if any(one <= changes for one in found_sets):
-                continue
-            if not self._reaches(box, tier) or not self._may_fit(box):
+            changes = {index for index, options in enumerate(box) if 0 not in options}
+            if self._adds_to_found(changes) or not self._reaches(box, tier) or not self._may_fit(box):
                 continue
             position = max(range(len(box)), key=lambda index: len(box[index]))
             options = box[position]
@@ -274,11 +249,8 @@ class _Lattice:
                 heapq.heappush(queue, (*cheapest(self.dimensions, part), part))
         return states
 
-    def _roomiest_first(self, states: Sequence[State], found: Sequence[State]) -> Iterator[State]:
-        """
-        Those of equally cheap states that fit, most headroom first; the exact need is computed only to
-        decide.
-        """
+    def _roomiest_first(self, states: Sequence[State]) -> Iterator[State]:
+        """Those of equally cheap states that fit, most headroom first, with no need computed in vain."""
         bounds = {state: bound for state in states if (bound := self._lower_bound(state)) is not None}
         remaining = sorted(bounds, key=lambda state: (bounds[state], state))
         while remaining:
@@ -291,10 +263,13 @@ class _Lattice:
                     best = min(best, (need_bytes, state)) if best else (need_bytes, state)
             if best is None:
                 return
+            self.found.append(changed(best[1]))
             yield best[1]
-            remaining = [
-                state for state in remaining if not any(changed(one) <= changed(state) for one in found)
-            ]
+            remaining = [state for state in remaining if not self._adds_to_found(changed(state))]
+
+    def _adds_to_found(self, changes: Set[int]) -> bool:
+        """Whether these dimensions are all of a state found before, and perhaps more."""
+        return any(one <= changes for one in self.found)
 
     def _reaches(self, box: Box, tier: int) -> bool:
         """Whether a state of the box uses this tier."""
@@ -307,18 +282,29 @@ class _Lattice:
     def _may_fit(self, box: Box) -> bool:
         """
         False only if no state of the box fits: the lower bounds of all that may be its least are above the
-        limit.
-
-        A combination that cannot be estimated says nothing about the others, so the box stays.
+        limit. A combination that cannot be estimated, though its edits can, says nothing about the others.
         """
-        corners = itertools.product(
-            *(dimension.least(options) for dimension, options in zip(self.dimensions, box))
+        known = tuple(
+            tuple(index for index in options if (position, index) not in self.unknown)
+            for position, options in enumerate(box)
         )
-        return any(not self._is_above_limit(corner) for corner in corners)
+        least = (dimension.least(options) for dimension, options in zip(self.dimensions, known))
+        for corner in itertools.product(*least):
+            bound = self._evaluated(corner, self.lower_bounds, self.evaluate.lower_bound_bytes)
+            if isinstance(bound, MemplanError):
+                return not self._has_unknown_edit(corner) or self._may_fit(box)
+            if bound <= self.limit_bytes:
+                return True
+        return False
 
-    def _is_above_limit(self, state: State) -> bool:
-        bound = self._evaluated(state, self.lower_bounds, self.evaluate.lower_bound_bytes)
-        return isinstance(bound, int) and bound > self.limit_bytes
+    def _has_unknown_edit(self, state: State) -> bool:
+        """Notes the edits of a state that cannot be estimated even alone; whether there are any."""
+        num_unknown = len(self.unknown)
+        for position in changed(state):
+            alone = tuple(index if other == position else 0 for other, index in enumerate(state))
+            if self._lower_bound(alone) is None:
+                self.unknown.add((position, state[position]))
+        return len(self.unknown) > num_unknown
 
     def _lower_bound(self, state: State) -> int | None:
         """None, and noted as skipped, where it cannot be estimated."""

@@ -9,12 +9,16 @@ import math
 from typing import Any
 
 from memplan.fit import costs
+from memplan.fit.capacity import SMALLEST_RANK
 from memplan.fit.lattice import AS_IS, Dimension, Edit, dimension
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 
 _MIN_BLOCKS = 4
 """From this depth on, what the blocks no longer hold outweighs what recomputing one of them adds."""
+
+_MIN_QUANTISED_ELEMENTS = 4096
+"""Tensors below this have 32-bit states in any case (`min_8bit_size` of bitsandbytes' optimizers)."""
 
 
 def micro_batch(job: Job) -> Dimension | None:
@@ -37,10 +41,10 @@ def micro_batch(job: Job) -> Dimension | None:
         )
         for size in sizes
     ]
-    if job.gradient_accumulation_steps > 1:
-        return dimension("micro batch", edits, chain=True)
-    later = {smaller.name: larger.name for larger, smaller in itertools.pairwise(edits)}
-    return dimension("micro batch", edits, later)
+    accumulated = [(smaller.name, larger.name) for larger, smaller in itertools.pairwise(edits)]
+    return dimension(
+        "micro batch", edits, chain=job.gradient_accumulation_steps > 1, no_more_than=accumulated
+    )
 
 
 def activations(job: Job, architecture: Architecture) -> Dimension | None:
@@ -90,20 +94,33 @@ def activations(job: Job, architecture: Architecture) -> Dimension | None:
     return dimension("activations", edits, chain=is_ordered)
 
 
-def states(job: Job) -> Dimension | None:
+def states(job: Job, architecture: Architecture) -> Dimension | None:
     """
     Where parameters and optimizer states live and in how many bits: sharded, on the host, quantised, paged.
 
     One dimension, because these exclude each other: bitsandbytes' optimizers do not work on sharded
     parameters (bitsandbytes-foundation/bitsandbytes issues 89 and 1633), and host offload has a step of its
-    own. Optimizer states that shrink or leave never need more; sharding adds buffers, so nothing is stated of
-    it.
+    own.
+
+    States of 8 bits never need more, unless the trained tensors are so small that bitsandbytes gives them
+    float32 states; those that leave need less still. 32-bit paged states may be wider than those of bfloat16
+    weights, and sharding and parameter offload add buffers, so these are not stated to need less than the job
+    as it is.
     """
     edits = _sharding(job) + _optimizer_states(job)
-    shrinking = ("8-bit states", "paged 8-bit states", "optimizer offload")
-    offered = [AS_IS.name] + [name for name in shrinking if any(edit.name == name for edit in edits)]
-    no_more_than = {smaller: larger for larger, smaller in itertools.pairwise(offered)}
-    return dimension("states", edits, {"paged states": AS_IS.name, **no_more_than})
+    no_more_than = [
+        ("paged 8-bit states", "8-bit states"),
+        ("optimizer offload", "paged states"),
+        ("optimizer offload", "paged 8-bit states"),
+        ("optimizer offload", AS_IS.name),
+        ("full shard", "gradient shard"),
+        ("parameter offload", "full shard"),
+    ]
+    ranks = {"lora": job.lora.rank, "qlora": job.lora.rank, "npt": job.npt.rank}
+    smallest_rank = min(ranks.get(job.method, architecture.hidden_size), SMALLEST_RANK)
+    if smallest_rank * architecture.hidden_size >= _MIN_QUANTISED_ELEMENTS:
+        no_more_than += [("8-bit states", AS_IS.name), ("paged 8-bit states", AS_IS.name)]
+    return dimension("states", edits, no_more_than=no_more_than)
 
 
 def _sharding(job: Job) -> list[Edit]:
