@@ -30,6 +30,9 @@ from memplan.train.launch import (
     self_contained,
     write_job,
 )
+from memplan.train.launch import (
+    _environment as _environment_of_child,
+)
 from memplan.train.record import Record
 
 SOURCE = str(Path(memplan.__file__).parent.parent)
@@ -220,6 +223,24 @@ def test_sigterm_saves_and_resuming_is_exact(tmp_path: Path) -> None:
     whole = prepared(longer.replace(**{"train.output_dir": str(tmp_path / "whole")}))
     assert run_job(whole) == 0
     assert losses(whole) == losses(folder)
+
+
+def test_the_child_gets_the_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in its environment before torch is imported; what the user has set already stays."""
+    for name in (
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "PYTORCH_HIP_ALLOC_CONF",
+        "PYTORCH_ALLOC_CONF",
+        "OMP_WAIT_POLICY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    job = Job(model="gpt2")
+
+    variables = _environment_of_child(job)
+    assert "expandable_segments:True" in variables.values()
+    assert variables["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "OMP_WAIT_POLICY" not in _environment_of_child(job)
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:

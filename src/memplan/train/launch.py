@@ -42,6 +42,15 @@ TORCH_OPTIMIZERS = ("adamw", "sgd", "adafactor")
 _SAFE_PATH = ("-P",) if sys.version_info >= (3, 11) else ()
 """Files in the working directory must not stand in for libraries."""
 
+_CHILD_DEFAULTS = {
+    "KINETO_LOG_LEVEL": "99",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    # Threads that wait sleep instead of spinning: on cores that others use too, spinning doubles a step's time.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Environment of the child, where the user has set nothing else: quiet libraries, threads that share cores."""
+
 INSTALL = 'pip install "memplan[train]"'
 
 MAY_CHANGE = (
@@ -309,14 +318,15 @@ def read_job(path: Path) -> Job:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """What the child needs beyond our own environment: allocator settings, and quiet libraries."""
+    """What the child needs beyond our own environment: allocator settings and `_CHILD_DEFAULTS`."""
     from memplan.preflight.environment import allocator_environment, current_platform, installed_torch_version
 
     allocator = allocator_environment(job, installed_torch_version(), current_platform(), os.environ)
     for note in allocator.notes:
         say(f"note: {note}")
-    quiet = {"KINETO_LOG_LEVEL": "99", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-    return allocator.variables | {name: value for name, value in quiet.items() if name not in os.environ}
+    return allocator.variables | {
+        name: value for name, value in _CHILD_DEFAULTS.items() if name not in os.environ
+    }
 
 
 @contextmanager
