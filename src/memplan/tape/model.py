@@ -7,11 +7,12 @@ the method adds. Only the blocks asked for are built (repeat.py), each under its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
+from memplan.model.tensors import linear_modules, parameters
 from memplan.tape.engine import ITEMSIZE, Graph, Parameter, Storage, Tensor
 from memplan.tape.linear import Adapter, Linear, packed_sizes
 from memplan.tape.sharding import Part, Units, layout, shard_shape
@@ -53,7 +54,7 @@ class Model:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear layer of a block by its path in the block."""
+    """A linear layer by its path in the block (or, for the head, in the model)."""
 
     path: str
     in_features: int
@@ -64,45 +65,34 @@ class LinearSpec:
 
 def block_linears(architecture: Architecture) -> list[LinearSpec]:
     """The linear layers of one block, in module order."""
-    d, f = architecture.hidden_size, architecture.intermediate_size
-    if architecture.family == "gpt2":
-        return [
-            LinearSpec("attn.c_attn", d, 3 * d, True, True),
-            LinearSpec("attn.c_proj", d, d, True, True),
-            LinearSpec("mlp.c_fc", d, f, True, True),
-            LinearSpec("mlp.c_proj", f, d, True, True),
-        ]
-    queries = architecture.num_attention_heads * architecture.head_dim
-    keys = architecture.num_key_value_heads * architecture.head_dim
-    bias, output_bias, mlp_bias = (
-        architecture.attention_bias,
-        architecture.attention_output_bias,
-        architecture.mlp_bias,
-    )
+    one, prefix = _one_block(architecture)
     return [
-        LinearSpec("self_attn.q_proj", d, queries, bias),
-        LinearSpec("self_attn.k_proj", d, keys, bias),
-        LinearSpec("self_attn.v_proj", d, keys, bias),
-        LinearSpec("self_attn.o_proj", queries, d, output_bias),
-        LinearSpec("mlp.gate_proj", d, f, mlp_bias),
-        LinearSpec("mlp.up_proj", d, f, mlp_bias),
-        LinearSpec("mlp.down_proj", f, d, mlp_bias),
+        LinearSpec(
+            module.name.removeprefix(prefix),
+            module.in_features,
+            module.out_features,
+            module.bias,
+            module.transposed,
+        )
+        for module in linear_modules(one)
+        if module.layer == 0
     ]
 
 
 def block_norms(architecture: Architecture) -> list[tuple[str, int]]:
     """Norm parameters of one block and their sizes, in module order."""
-    d = architecture.hidden_size
-    if architecture.family == "gpt2":
-        return [("ln_1.weight", d), ("ln_1.bias", d), ("ln_2.weight", d), ("ln_2.bias", d)]
-    norms = [("input_layernorm.weight", d), ("post_attention_layernorm.weight", d)]
-    if architecture.qk_norm:
-        norms = [
-            ("self_attn.q_norm.weight", architecture.head_dim),
-            ("self_attn.k_norm.weight", architecture.head_dim),
-            *norms,
-        ]
-    return norms
+    one, prefix = _one_block(architecture)
+    return [
+        (parameter.name.removeprefix(prefix), parameter.shape[0])
+        for parameter in parameters(one)
+        if parameter.layer == 0 and parameter.role == "norm"
+    ]
+
+
+def _one_block(architecture: Architecture) -> tuple[Architecture, str]:
+    """The model cut to one block, and the path of that block."""
+    prefix = "transformer.h.0." if architecture.family == "gpt2" else "model.layers.0."
+    return replace(architecture, num_hidden_layers=1, layer_types=()), prefix
 
 
 def targets(job: Job, path: str) -> bool:
@@ -154,8 +144,8 @@ class Builder:
             storage = held.storage
         parameter = Parameter(name, shape, stored, storage, layer, trains)
         if self.layout.gathers:
-            # MixedPrecisionPolicy: what is gathered has the dtype of the base.
-            parameter.dtype = self.job.dtype
+            # MixedPrecisionPolicy: what is gathered has the dtype that is computed with.
+            parameter.dtype = self.job.autocast or self.job.dtype
             self.units.parts.setdefault(layer, []).append(Part(name, shape, parameter.dtype))
         if trains:
             self.units.trainable.setdefault(layer, []).append(parameter)
@@ -230,14 +220,12 @@ class Builder:
                 "transformer.wpe.weight", (architecture.max_position_embeddings, d), None
             )
         blocks = []
+        specs, norm_sizes = block_linears(architecture), block_norms(architecture)
         for layer in layers:
             g.enter(layer)
             prefix = f"{self.prefix}.{'h' if self.gpt2 else 'layers'}.{{layer}}"
-            linears = {spec.path: self.linear(spec, layer, prefix) for spec in block_linears(architecture)}
-            norms = {
-                name: self.parameter(f"{prefix}.{name}", (size,), layer)
-                for name, size in block_norms(architecture)
-            }
+            linears = {spec.path: self.linear(spec, layer, prefix) for spec in specs}
+            norms = {name: self.parameter(f"{prefix}.{name}", (size,), layer) for name, size in norm_sizes}
             blocks.append(Block(layer, linears, norms, layer in checkpointed))
         g.begin("load_rest")
         norm_name = "transformer.ln_f" if self.gpt2 else "model.norm"

@@ -86,6 +86,8 @@ class Units:
         self.gathered: dict[int | None, Storage] = {}
         self.unsharded: dict[int | None, list[Tensor]] = {}
         self.reducing: Storage | None = None
+        self.reached_blocks = False
+        """Backward has left the loss for the blocks: what it visits outside them now comes last."""
 
     # -- forward -------------------------------------------------------------------------------------------
 
@@ -107,6 +109,7 @@ class Units:
             if layer not in self.gathered:
                 self._gather(layer)
             self._copy_out(layer)
+        self.reached_blocks = self.reached_blocks or layer is not None
         following = self._following(layer)
         if following is not None and following not in self.unsharded and following not in self.gathered:
             self._gather(following)
@@ -121,11 +124,12 @@ class Units:
         """The last unit's buffer and the root's parameters go."""
         self._reduce(None)
         self.reducing = None
+        self.reached_blocks = False
         self.unsharded.pop(None, None)
 
     def _following(self, layer: int | None) -> int | None:
         if layer is None:
-            return self.layers[-1]
+            return None if self.reached_blocks else self.layers[-1]
         position = self.layers.index(layer)
         return self.layers[position - 1] if position else None
 
