@@ -1,7 +1,5 @@
 """Bad jobs: every one is a JobError that names the place, the field and the remedy."""
 
-
-
 from pathlib import Path
 
 import pytest
