@@ -44,9 +44,10 @@ class Behaviour:
     """Checkpointing with use_reentrant=True: transformers' default before 5 (modeling_utils.py)."""
     fsdp1: bool = False
     """
-    FSDP of torch.distributed.fsdp: for a frozen unit it registers a hook on the gradients of the unit's inputs, whose
-    handle keeps them until backward ends; with reentrant checkpointing those are the blocks' inputs, cut off their
-    graph, and their gradients (_runtime_utils.py, _register_post_backward_reshard_only_hook).
+    FSDP of torch.distributed.fsdp: units are flat (tape/sharding.py), and for a frozen unit it registers a hook on
+    the gradients of the unit's inputs, whose handle keeps them until backward ends; with reentrant checkpointing
+    those are the blocks' inputs, cut off their graph, and their gradients
+    (_runtime_utils.py, _register_post_backward_reshard_only_hook).
     """
     repeat_key_heads: bool = False
     """flash_attention_2 gets a key and value head per query head: MistralFlashAttention2 before 4.48."""
@@ -94,6 +95,7 @@ class Behaviour:
         `family` is the model's `model_type`; `kernels` are of KERNELS; `padded`: batches hold padding.
         """
         transformers = _version(versions.get("transformers", "5"))
+        old_trainer = transformers < (5,)
         adapters = job.method in ("lora", "qlora")
         checkpointing = job.activation_checkpointing != "none"
         return replace(
@@ -102,8 +104,8 @@ class Behaviour:
             float_logits=transformers < (4, 46),
             # peft's PeftModel and prepare_model_for_kbit_training both call it where checkpointing is on.
             input_gradients=adapters and checkpointing,
-            reentrant=checkpointing and transformers < (5,),
-            fsdp1=job.world_size > 1 and checkpointing,
+            reentrant=checkpointing and old_trainer,
+            fsdp1=job.parallel.strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD") and old_trainer,
             repeat_key_heads=family == "mistral" and transformers < (4, 48),
             padding_mask=padded,
             liger_before_0_5=transformers < (4, 49),

@@ -68,6 +68,8 @@ def record(
     model = Builder(g, job, architecture, layers).build(
         npt_layers(job, architecture), checkpointed_layers(job, architecture)
     )
+    if g.units is not None:
+        g.units.flat = behaviour.fsdp1
     recording.num_trainable = len(model.trainable)
     optimizer = OptimizerProgram(g, job, model.trainable, _num_trainable(model, architecture, layers))
     loop = Loop(g, job, model, behaviour, recording)

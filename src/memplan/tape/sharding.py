@@ -86,6 +86,11 @@ class Units:
         self.gathered: dict[int | None, Storage] = {}
         self.unsharded: dict[int | None, list[Tensor]] = {}
         self.reducing: Storage | None = None
+        self.flat = False
+        """
+        FSDP1: a unit is gathered as one flat parameter, which its tensors are views of, and reduced in the dtype it is
+        computed in (torch/distributed/fsdp/_flat_param.py, _runtime_utils.py).
+        """
         self.reached_blocks = False
         """Backward has left the loss for the blocks: what it visits outside them now comes last."""
 
@@ -156,6 +161,10 @@ class Units:
             self.gathered[layer] = self._comm(num_bytes, "all-gather output", GATHER_STREAM)
 
     def _copy_out(self, layer: int | None) -> None:
+        if self.flat:
+            whole = self.gathered.pop(layer, None)
+            self.unsharded[layer] = [] if whole is None else [Tensor((), "uint8", whole)]
+            return
         self.unsharded[layer] = [
             self.g.new(part.shape, part.dtype, f"{part.name} gathered", "comm")
             for part in self.parts.get(layer, ())
@@ -166,7 +175,10 @@ class Units:
         parameters = [parameter for parameter in self.trainable.get(layer, ()) if parameter.grad is not None]
         if not parameters:
             return
-        num_bytes = sum(prod(parameter.shape) * 4 for parameter in parameters)
+        num_bytes = sum(
+            prod(parameter.shape) * (ITEMSIZE[parameter.dtype] if self.flat else 4)
+            for parameter in parameters
+        )
         buffer = self._comm(num_bytes, "reduce-scatter input", REDUCE_STREAM)
         self.reducing = buffer
         for parameter in parameters:
