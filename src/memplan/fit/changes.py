@@ -29,25 +29,26 @@ def candidate_edits(
     """
     The lattice of changes of this job: every dimension has `options[0]` as is and at least one edit.
 
-    Dimensions edit disjoint fields, so that any combination is one job. Tier 4 is part of it only with
+    Dimensions edit disjoint fields, so that any combination is one job. Those that save most come first: a
+    search that tries to do without them is soon done. Tier 4 is part of it only with
     `allow_capacity`, and raises `JobError` where `npt.layers` names no blocks of this model.
     """
     candidates = [
-        allocator(job),
-        optimizer_kernel(job),
-        attention(job, architecture),
-        loss(job),
-        npt_form(job),
-        micro_batch(job),
-        activations(job, architecture),
         states(job, architecture),
         base_weights(job),
-        kbit_preparation(job),
-        adapter_dtype(job),
+        activations(job, architecture),
         sequence(job),
+        micro_batch(job),
+        loss(job),
+        kbit_preparation(job),
+        attention(job, architecture),
+        adapter_dtype(job),
+        npt_form(job),
+        optimizer_kernel(job),
+        allocator(job),
     ]
     if allow_capacity:
-        candidates += [rank(job), target_modules(job, architecture), npt_layers(job, architecture)]
+        candidates += [target_modules(job, architecture), rank(job), npt_layers(job, architecture)]
     return tuple(candidate for candidate in candidates if candidate is not None)
 
 

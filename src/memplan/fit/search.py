@@ -14,7 +14,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from memplan.budget.result import Capacity, Change
 from memplan.errors import MemplanError
@@ -181,13 +181,13 @@ class _Lattice:
                     yield from self._roomiest_first(self._next_cheapest(queue, tier))
 
     def change(self, state: State) -> Change:
-        """A fitting state as a person and a job file see it."""
-        edits = edits_of(self.dimensions, state)
+        """A fitting state as a person and a job file see it, least invasive edits first."""
+        edits = sorted(edits_of(self.dimensions, state), key=lambda edit: edit.tier)
         slowdown, _ = cheapest(self.dimensions, tuple((index,) for index in state))
         need_bytes = self._need(state)
         assert need_bytes is not None
         return Change(
-            set=self._settings(state),
+            set={field: value for edit in edits for field, value in edit.set.items()},
             summary="; ".join(edit.summary for edit in edits),
             tier=max(edit.tier for edit in edits),
             slowdown=slowdown,
@@ -318,8 +318,10 @@ class _Lattice:
         self, state: State, known: dict[State, int | MemplanError], function: Callable[[Job], int]
     ) -> int | MemplanError:
         if state not in known:
+            edits = edits_of(self.dimensions, state)
+            settings = {field: value for edit in edits for field, value in edit.set.items()}
             try:
-                known[state] = function(self.job.replace(**self._settings(state)))
+                known[state] = function(self.job.replace(**settings))
             except MemplanError as error:
                 known[state] = error
         return known[state]
@@ -330,9 +332,3 @@ class _Lattice:
         names = " + ".join(edit.name for edit in edits_of(self.dimensions, state))
         self.skipped.setdefault(result.message, f"{names}: {result.message}")
         return None
-
-    def _settings(self, state: State) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
-        for edit in edits_of(self.dimensions, state):
-            settings.update(edit.set)
-        return settings
