@@ -15,7 +15,7 @@ from memplan.errors import ModelError, UnknownModel
 from memplan.model.architecture import Architecture
 
 TRACE_HINT = (
-    "Use `--engine trace`: it runs the model itself on meta tensors, and needs torch and transformers"
+    "this version plans Llama, Mistral, Qwen2, Qwen3 and GPT-2; `memplan models` lists those known by name"
 )
 
 _REQUIRED: Any = object()
