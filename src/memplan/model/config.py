@@ -14,7 +14,7 @@ from typing import Any
 from memplan.errors import ModelError, UnknownModel
 from memplan.model.architecture import Architecture
 
-TRACE_HINT = (
+PROGRAMS_HINT = (
     "this version plans Llama, Mistral, Qwen2, Qwen3 and GPT-2; `memplan models` lists those known by name"
 )
 
@@ -64,13 +64,13 @@ def _supported_model_type(config: Mapping[str, Any], name: str) -> str:
     if "text_config" in config:
         raise UnknownModel(
             f"{name} is a multimodal model ({class_name}), and the shape writer knows text models only",
-            hint=TRACE_HINT,
+            hint=PROGRAMS_HINT,
         )
     if model_type is None:
         model_type = next((key for key, (known, _) in _CLASSES.items() if known == class_name), None)
     if model_type not in _CLASSES or _CLASSES[model_type][0] != class_name:
         raise UnknownModel(
-            f"{name} is a {class_name}, and the shape writer has no program for it", hint=TRACE_HINT
+            f"{name} is a {class_name}, and the shape writer has no program for it", hint=PROGRAMS_HINT
         )
     return model_type
 
@@ -160,7 +160,7 @@ class _Keys:
         """A variant of the class that the shape writer does not cover."""
         if self._config.get(key):
             message = f"{self._name} has `{key}: true`, a variant of {self._class_name} that has no program"
-            raise UnknownModel(message, hint=TRACE_HINT)
+            raise UnknownModel(message, hint=PROGRAMS_HINT)
 
     def _positive(self, key: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
