@@ -141,12 +141,12 @@ def test_a_job_that_cannot_be_estimated_raises():
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 @pytest.mark.parametrize("usable_gib", [2, 6, 10, 16, 20, 24, 32, 48])
 def test_a_large_lattice_takes_few_evaluations(method, usable_gib):
-    """At 4 ms a lower bound and 150 ms an exact need, the smallest change is found in about a second."""
+    """At 4 ms a lower bound and 150 ms an exact need, the smallest change is found in under 2 s."""
     evaluate = ToyEstimator()
     job = CROWDED.replace(method=method)
     assert 2000 < math.prod(len(dimension.options) for dimension in candidate_edits(job, QWEN_7B))
 
     answer(job, usable_gib, evaluate=evaluate, num_results=1)
 
-    assert evaluate.num_lower_bounds <= 150
+    assert evaluate.num_lower_bounds <= 200
     assert evaluate.num_exact <= 6
