@@ -25,6 +25,8 @@ class Behaviour:
 
     hold_logits: bool = False
     """The model's output lives through backward, until the next step's replaces it: a script that keeps it."""
+    step_is_function: bool = False
+    """A script whose step is a function: the output that it keeps goes when it returns."""
     hold_hidden: bool = False
     """The last hidden states live until the loss is there: locals of transformers' `forward`."""
     shift_logits: bool = False
@@ -36,6 +38,8 @@ class Behaviour:
     """`forward` itself makes the logits float32 and drops the 16-bit ones: transformers before 4.46."""
     upcast_logits: bool = True
     """float32 copy of the logits before the loss (transformers: always; a loss kernel of its own may not)."""
+    float_output: bool = False
+    """accelerate's convert_outputs_to_fp32: with mixed precision the model's output is copied to float32."""
     use_cache: bool = False
     """A DynamicCache is filled during training: `use_cache` left at its default and no checkpointing."""
     input_gradients: bool = False
@@ -78,7 +82,12 @@ class Behaviour:
                 use_cache=job.activation_checkpointing == "none",
                 before_ampere=before_ampere,
             )
-        return Behaviour(hold_hidden=job.loop == "hf_trainer", before_ampere=before_ampere)
+        trainer = job.loop == "hf_trainer"
+        return Behaviour(
+            hold_hidden=trainer,
+            float_output=trainer and job.autocast is not None,
+            before_ampere=before_ampere,
+        )
 
     @staticmethod
     def for_software(

@@ -136,6 +136,9 @@ class Loop:
                 del loss
         recording.mark("optimizer_step", number)
         optimizer.step(number)
+        if self.behaviour.step_is_function:
+            self.settings.cache = []
+            self.replace_output(None)
         optimizer.zero_grad(number)
 
     def release_kept(self, label: str) -> None:
@@ -189,11 +192,14 @@ class Loop:
             shift_logits=behaviour.shift_logits,
             kernel=triton_cross_entropy if behaviour.triton_loss else cross_entropy,
         )
+        if behaviour.float_output:
+            held.clear()
+            logits = cast(g, logits, "float32")
         if behaviour.hold_logits:
             self.replace_output(logits)
         return loss
 
-    def replace_output(self, logits: Tensor) -> None:
+    def replace_output(self, logits: Tensor | None) -> None:
         """The model's new output takes the place of the one held since the last step: its logits, its cache."""
         g = self.g
         self.output = logits
