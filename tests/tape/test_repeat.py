@@ -28,6 +28,7 @@ JOBS = [
 ]
 JOBS += [
     {"method": "npt", "npt": Npt(rank=4)},
+    {"method": "npt", "npt": Npt(rank=4), "autocast": "bfloat16", "gradient_accumulation_steps": 2},
     {"method": "npt", "npt": Npt(rank=4, layers=(3, 4, 5, 6, 7, 10), form="materialised")},
     {
         "method": "lora",

@@ -163,6 +163,7 @@ class Loop:
             from memplan.tape.npt import local_step
 
             local_step(g, self.model, ids, job, self.settings)
+            g.leave_autocast()
             return None
         hidden = [decoder(g, self.model, ids, self.settings)]
         g.category = "logits_loss"
