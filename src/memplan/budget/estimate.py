@@ -16,7 +16,7 @@ from memplan.model.architecture import Architecture
 from memplan.tape.repeat import Expansion
 from memplan.tape.shape import Behaviour
 from memplan.tape.tape import Mark, Tape
-from memplan.tape.writer import write_tape
+from memplan.tape.writer import NUM_STEPS, write_tape
 from memplan.units import MiB
 
 BLOCK_BYTES = 512
@@ -84,8 +84,11 @@ def need_bytes(job: Job, architecture: Architecture) -> int:
 
 
 def quick_need_bytes(job: Job, architecture: Architecture) -> int:
-    """A lower bound of `need_bytes`, without replaying an event: the live bytes at the peak."""
-    live = write_tape(job, architecture).peak_live_bytes(BLOCK_BYTES)
+    """
+    A lower bound of `need_bytes`, without replaying an event: the live bytes at the peak of a step that finds the
+    optimizer's states in place, as every step from the second on does.
+    """
+    live = write_tape(job, architecture, first_step=NUM_STEPS).peak_live_bytes(BLOCK_BYTES)
     return -(-live // CAPACITY_STEP_BYTES) * CAPACITY_STEP_BYTES + non_torch_bytes(job)[0]
 
 

@@ -32,24 +32,32 @@ class OptimizerProgram:
         self.on_host = layout(job).optimizer_on_host
 
     def step(self, number: int) -> None:
-        """Step `number` (from 1): states on the first, then the update."""
+        """Step `number`: states where there are none yet, then the update."""
         g = self.g
         if self.job.train.max_grad_norm is not None:
             self._clip(number)
         if self.on_host:
             return
+        if not self.states:
+            self.create_states()
         outer, g.path = g.path, "optimizer"
-        if number == 1:
-            g.begin("optimizer_states")
-            for parameter in self.parameters:
-                g.enter(parameter.layer)
-                g.category = "optimizer"
-                self._create(parameter)
-            g.category = "workspace"
         g.category = "workspace"
         self._update(number)
         g.category = "activations"
         g.path = outer
+
+    def create_states(self) -> None:
+        """What the first step creates, for every trained parameter."""
+        g = self.g
+        if self.on_host:
+            return
+        outer, g.path, g.category = g.path, "optimizer", "optimizer"
+        g.begin("optimizer_states")
+        for parameter in self.parameters:
+            g.enter(parameter.layer)
+            self._create(parameter)
+        g.enter(None)
+        g.path, g.category = outer, "activations"
 
     def zero_grad(self, number: int) -> None:
         """zero_grad(set_to_none=True)"""

@@ -44,10 +44,14 @@ def record(
     layers: list[int],
     *,
     num_steps: int,
+    first_step: int = 1,
     device: str = "cuda",
     behaviour: Behaviour | None = None,
 ) -> Recording:
-    """Run the job's program over these blocks of the model."""
+    """
+    Run the job's program over these blocks of the model: loading, and the steps `first_step` to `num_steps`. A later
+    first step finds the optimizer's states in place.
+    """
     if architecture.family not in FAMILIES:
         raise UnknownModel(
             f"the shape writer has no program for `{architecture.family}` models (`{architecture.name}`)",
@@ -73,7 +77,9 @@ def record(
     recording.num_trainable = len(model.trainable)
     optimizer = OptimizerProgram(g, job, model.trainable, _num_trainable(model, architecture, layers))
     loop = Loop(g, job, model, behaviour, recording)
-    for step in range(1, num_steps + 1):
+    if first_step > 1:
+        optimizer.create_states()
+    for step in range(first_step, num_steps + 1):
         loop.step(step, optimizer)
     recording.mark("end", num_steps)
     recording.events = g.events[:]  # what is freed from here on, when the model goes, is not part of the tape

@@ -18,9 +18,10 @@ def write_tape(
     device: str = "cuda",
     behaviour: Behaviour | None = None,
     num_steps: int = NUM_STEPS,
+    first_step: int = 1,
 ) -> Expansion:
     """
-    The tape of loading and of `num_steps` optimizer steps on the fullest rank.
+    The tape of loading and of the optimizer steps `first_step` to `num_steps` on the fullest rank.
 
     `device` is `cuda` or `cpu`: kernels differ in what they allocate. Raises UnknownModel where there is no program,
     JobError where the job asks for what no loop does.
@@ -29,10 +30,10 @@ def write_tape(
     kinds = [(layer in converted, layer in checkpointed) for layer in range(architecture.num_hidden_layers)]
     selection = choose_layers(kinds)
     try:
-        return _expand(job, architecture, selection, device, behaviour, num_steps)
+        return _expand(job, architecture, selection, device, behaviour, num_steps, first_step)
     except NotRepeatable:
         every = Selection(tuple(range(architecture.num_hidden_layers)), {})
-        return _expand(job, architecture, every, device, behaviour, num_steps)
+        return _expand(job, architecture, every, device, behaviour, num_steps, first_step)
 
 
 def _expand(
@@ -42,8 +43,15 @@ def _expand(
     device: str,
     behaviour: Behaviour | None,
     num_steps: int,
+    first_step: int,
 ) -> Expansion:
     recording = record(
-        job, architecture, list(selection.layers), num_steps=num_steps, device=device, behaviour=behaviour
+        job,
+        architecture,
+        list(selection.layers),
+        num_steps=num_steps,
+        first_step=first_step,
+        device=device,
+        behaviour=behaviour,
     )
     return Expansion(recording.graph, recording.events, recording.marks, selection)
