@@ -78,7 +78,8 @@ def attention(
     (B, H, S, D) queries against (B, H_kv, S, D) keys and values: (B, S, H*D), before the output projection.
 
     `padded`: sdpa is given a mask; `repeat_heads`: the caller copies key and value heads whatever the kernel
-    takes; `before_ampere`: the card is older than sm80.
+    takes; `before_ampere`: the card is older than sm80. transformers copies the heads where there is a mask, and
+    else leaves groups of heads to the kernel (integrations/sdpa_attention.py, use_gqa_in_sdpa).
     """
     if implementation == "eager":
         return _eager(g, query, key, value, mask, probability, softmax_in_float32)
@@ -93,6 +94,8 @@ def attention(
         implementation, g.device, dtype, padded, query.shape[-1],
         dropout=probability > 0, before_ampere=before_ampere,
     )  # fmt: skip
+    if kernel == "efficient" and groups > 1 and not repeat_heads and not padded:
+        kernel = "math"  # enable_gqa, which the memory-efficient kernel has not
     if kernel == "math":
         return _math(g, query, key, value, probability)
     if kernel == "flash":

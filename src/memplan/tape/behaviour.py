@@ -54,7 +54,9 @@ class Behaviour:
     (_runtime_utils.py, _register_post_backward_reshard_only_hook).
     """
     repeat_key_heads: bool = False
-    """flash_attention_2 gets a key and value head per query head: MistralFlashAttention2 before 4.48."""
+    """
+    The kernel gets a key and value head per query head: sdpa before 4.54, flash_attention_2 with Mistral before 4.48.
+    """
     padding_mask: bool = False
     """Batches are padded, so that sdpa is given a mask and takes the memory-efficient kernel."""
     before_ampere: bool = False
@@ -115,7 +117,8 @@ class Behaviour:
             input_gradients=adapters and checkpointing,
             reentrant=checkpointing and old_trainer,
             fsdp1=job.parallel.strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD") and old_trainer,
-            repeat_key_heads=family == "mistral" and transformers < (4, 48),
+            repeat_key_heads=transformers < ((4, 54) if job.attention == "sdpa" else (4, 48))
+            and (job.attention == "sdpa" or family == "mistral"),
             padding_mask=padded,
             liger_before_0_5=transformers < (4, 49),
             **dict.fromkeys(kernels, True),
