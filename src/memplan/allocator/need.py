@@ -22,7 +22,7 @@ _MIN_EVENTS_BETWEEN_CHECKPOINTS = 200
 """Copying an allocator takes about as long as running this many events."""
 _MAX_CLIMB = 2
 """Effort for raising the limit by what is required, in replays of the tape; bisection goes on from there."""
-_MAX_NARROWING = 0.5
+_MAX_NARROWING = 0.25
 """Effort for looking below a limit that is enough, in replays of the tape."""
 
 
@@ -48,7 +48,7 @@ def replay_with_need(
     live bytes and at most the peak of reserved bytes. Not guaranteed: that none below completes, nor that all
     above do, since the moment at which the cache is given back shapes what follows. Limits are raised to what
     the first request that fails requires, until the tape completes, then narrowed down by bisection as long
-    as that takes less than half a replay.
+    as that takes less than a quarter of a replay.
     """
     allocator = CachingAllocator(settings)
     search = _Search(events, allocator.all_block_bytes(sizes), streams)
