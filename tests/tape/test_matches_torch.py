@@ -96,6 +96,9 @@ GRID = [
     if method != "npt" or checkpointing == "none"
 ] + [
     ("llama", {"method": "npt", "npt": Npt(rank=8, form="materialised")}),
+    ("llama", {"method": "lora", "attention": "eager", "micro_batch_size": 1, "max_seq_len": 128}),
+    ("gpt2", {"method": "lora", "attention": "eager", "micro_batch_size": 1, "max_seq_len": 128}),
+    ("gpt2", {"method": "lora", "attention": "sdpa", "micro_batch_size": 1, "max_seq_len": 128}),
     ("llama", {"method": "full", "dtype": "bfloat16"}),
     ("llama", {"method": "lora", "dtype": "bfloat16"}),
     ("llama", {"method": "full", "autocast": "bfloat16"}),

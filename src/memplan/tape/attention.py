@@ -309,13 +309,17 @@ def _math(g: Graph, query: Tensor, key: Tensor, value: Tensor, probability: floa
     return merged
 
 
+def _folded(g: Graph, x: Tensor) -> Tensor:
+    """(B, H, ...) as (B*H, ...) for bmm: swapped heads of a single sequence are a view, of more a copy."""
+    return reshape(g, x, x.shape) if x.transposed and x.shape[0] > 1 else x
+
+
 def batched_matmul(g: Graph, a: Tensor, b: Tensor, columns: int) -> Tensor:
     """torch.matmul of (B, H, S, K) and (B, H, K, columns): operands that are not contiguous are copied for bmm."""
     dtype = g.autocast
     if dtype:
         a, b = cast(g, a, dtype), cast(g, b, dtype)
-    left = reshape(g, a, a.shape)
-    right = reshape(g, b, b.shape)
+    left, right = _folded(g, a), _folded(g, b)
     out = g.new((*a.shape[:-1], columns), a.dtype, "output")
     if g.needs(left, right):
         saved = [left if right.needs_grad else None, right if left.needs_grad else None]
