@@ -1,0 +1,125 @@
+"""Predictions beside the published measurements: the same statistic, over the same part of the run."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+from benchmarks.published import Case, Measurement
+from memplan.allocator import AllocatorOutOfMemory, Replay, replay
+from memplan.budget.outside import non_torch_bytes
+from memplan.gpu.catalogue import match_gpu
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.tape import Mark
+from memplan.tape.writer import write_tape
+
+CAUSES = Path(__file__).parent / "data" / "causes.json"
+PEAKS = ("allocated", "reserved", "device")
+END = "allocated at the end of training"
+
+ONE_GPU = "transformers, one GPU"
+ASSUMED = "transformers, one GPU, one assumption"
+SHARDED = "transformers, several GPUs"
+OTHER = "other model code"
+GROUPS = (ONE_GPU, ASSUMED, SHARDED, OTHER)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One statistic of one case: what was measured and what memplan predicts."""
+
+    case: Case
+    measured: Measurement
+    predicted_bytes: int
+
+    @property
+    def error(self) -> float:
+        """predicted / measured - 1: above 0 the prediction is too high."""
+        return self.predicted_bytes / self.measured.bytes - 1
+
+    @property
+    def group(self) -> str:
+        if self.case.model_code != "transformers":
+            return OTHER
+        if self.case.gpus > 1:
+            return SHARDED
+        return ASSUMED if self.case.completeness else ONE_GPU
+
+    @property
+    def cause(self) -> str:
+        """Why it is off, where that was looked into; empty where it was not."""
+        for entry in _causes():
+            if entry["statistic"] == self.measured.statistic and fnmatchcase(self.case.id, entry["cases"]):
+                return entry["cause"]
+        return ""
+
+
+def compare(case: Case) -> list[Row]:
+    """A row per statistic of this case that memplan predicts; none for a case without a job."""
+    if not case.fields:
+        return []
+    run = Run(case, case.behaviour)
+    rows = []
+    for measured in (case.measured, *case.also_measured):
+        predicted = run.predict(measured.statistic)
+        if predicted is not None:
+            rows.append(Row(case, measured, predicted))
+    return rows
+
+
+class Run:
+    """A case replayed as `estimate` replays it, without what a comparison does not ask for."""
+
+    def __init__(self, case: Case, behaviour: Behaviour) -> None:
+        self.case = case
+        self.tape = write_tape(case.job, case.architecture, behaviour=behaviour).flatten()
+        self.replay = self._through_the_allocator()
+
+    def predict(self, statistic: str) -> int | None:
+        """Bytes of this statistic over the case's scope; None for one that is not predicted."""
+        phases = [phase for phase in self.replay.phases if self._inside(phase.mark)]
+        if statistic == "allocated":
+            return max(phase.allocated_peak_bytes for phase in phases)
+        if statistic == "reserved":
+            return max(phase.reserved_peak_bytes for phase in phases)
+        if statistic == "device":
+            return self._device_bytes()
+        if statistic == END and self.case.gpus == 1:
+            return self.replay.allocated_bytes
+        return None
+
+    def _inside(self, mark: Mark) -> bool:
+        return {"process": True, "train": mark.step > 0, "second step": mark.step == 2}[self.case.scope]
+
+    def _device_bytes(self) -> int:
+        """What the driver shows: at a card's capacity the allocator gives its cache back instead of growing."""
+        job = self.case.job
+        outside = non_torch_bytes(job)[0]
+        profile = None if job.gpu is None else match_gpu(job.gpu)
+        capacity = None if profile is None else profile.torch_total_bytes or profile.memory_bytes
+        replayed = self.replay
+        if capacity is not None and replayed.peak_reserved_bytes + outside > capacity:
+            with suppress(AllocatorOutOfMemory):
+                replayed = self._through_the_allocator(limit_bytes=capacity - outside)
+        return replayed.peak_reserved_bytes + outside
+
+    def _through_the_allocator(self, limit_bytes: int | None = None) -> Replay:
+        tape = self.tape
+        return replay(
+            tape.events,
+            tape.sizes,
+            tape.streams,
+            self.case.job.allocator,
+            limit_bytes=limit_bytes,
+            marks=tape.marks,
+        )
+
+
+@cache
+def _causes() -> list[dict[str, str]]:
+    entries: list[dict[str, str]] = json.loads(CAUSES.read_text(encoding="utf-8"))
+    return entries

@@ -1,0 +1,139 @@
+"""
+The published measurements in `data/published.json`, as jobs and behaviours that memplan can plan.
+
+The file says what each field means (`about`) and what each source measures (`sources`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from memplan.job.load import load_job
+from memplan.job.spec import Job
+from memplan.model.architecture import Architecture
+from memplan.model.config import architecture_from_config
+from memplan.model.resolve import resolve_config
+from memplan.tape.behaviour import Behaviour
+
+FILE = Path(__file__).parent / "data" / "published.json"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure of a run: `bytes`, and `published` as its source prints it."""
+
+    statistic: str
+    """`allocated`, `reserved`, `device` (what the driver shows), or a longer name of what it is."""
+    bytes: int
+    published: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One published run."""
+
+    id: str
+    source: str
+    where: str
+    """File and row in the source."""
+    hardware: str
+    gpus: int
+    model: str
+    measured: Measurement
+    trust: str
+    """`high`, `medium` or `low`: a judgement on the source."""
+    also_measured: tuple[Measurement, ...] = ()
+    unsupported: str = ""
+    """Why there is no job; empty where there is one."""
+    completeness: str = ""
+    """What the source leaves open; empty: nothing."""
+    scope: str = "process"
+    """What a peak covers: `process`, `train` (loading left out) or `second step`."""
+    model_code: str = "transformers"
+    """Whose model code ran."""
+    notes: str = ""
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The job as the file gives it."""
+    software: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
+    padded: bool = False
+    first_length: int | None = None
+    step_is_function: bool = False
+    upcast_logits: bool = True
+    config: Mapping[str, Any] | None = None
+    """The model's `config.json` where it is not one of the catalogue."""
+
+    @cached_property
+    def job(self) -> Job:
+        """Raises JobError where the file is wrong."""
+        flags = dict(_dotted(self.fields))
+        if self.config is not None:
+            flags["model"] = self.id
+        return load_job(None, flags=flags).job
+
+    @cached_property
+    def _model(self) -> tuple[Architecture, str]:
+        config, source = self.config, FILE.name
+        if config is None:
+            resolved = resolve_config(self.job.model, offline=True)
+            config, source = resolved.config, resolved.source
+        architecture = architecture_from_config(dict(config), name=self.model, source=source)
+        return architecture, str(config["model_type"])
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the catalogue, or from the file."""
+        return self._model[0]
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """What this software did."""
+        behaviour = Behaviour.for_software(
+            self.job, self.software, family=self._model[1], kernels=self.kernels, padded=self.padded
+        )
+        return dataclasses.replace(
+            behaviour,
+            first_length=self.first_length,
+            step_is_function=self.step_is_function,
+            upcast_logits=self.upcast_logits,
+        )
+
+    @property
+    def method(self) -> str:
+        """`full`, `lora`, `qlora`; empty where there is no job."""
+        return str(self.fields.get("method", ""))
+
+
+def load_published(file: Path = FILE) -> list[Case]:
+    """All cases, in the order of the file."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return [_case(entry, content["models"]) for entry in content["cases"]]
+
+
+def _case(entry: dict[str, Any], models: dict[str, Any]) -> Case:
+    fields = entry.get("job", {})
+    own = models.get(fields.get("model", ""))
+    known = {field.name for field in dataclasses.fields(Case)}
+    values = {key: value for key, value in entry.items() if key in known}
+    values |= {
+        "measured": Measurement(**entry["measured"]),
+        "also_measured": tuple(Measurement(**other) for other in entry.get("also_measured", ())),
+        "kernels": tuple(entry.get("kernels", ())),
+        "fields": fields,
+        "config": None if own is None else own["config"],
+    }
+    return Case(**values)
+
+
+def _dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
