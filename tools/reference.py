@@ -133,6 +133,14 @@ def jobs_region() -> str:
     return "\n".join([*lines, *(f"| `{name}` | {description} |" for name, description in list_jobs())])
 
 
+def accuracy_region() -> str:
+    """How many runs were compared, and the table in short, from what `python -m benchmarks.accuracy` wrote."""
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    section = page.partition("## In short\n")[2].partition("\n## ")[0].strip().splitlines()
+    count = section[0].partition(";")[0]
+    return "\n".join([f"{count}.", "", *(line for line in section if line.startswith("|"))])
+
+
 def commands_region() -> str:
     """`--help` of every command; the flags of the job are printed once, with the first."""
     parts: list[str] = []
@@ -156,6 +164,7 @@ def _without_job_flags(lines: list[str]) -> list[str]:
 REGIONS: dict[str, Callable[[], str]] = {
     "fields": fields_region,
     "aliases": aliases_region,
+    "accuracy": accuracy_region,
     "jobs": jobs_region,
     "commands": commands_region,
 }
