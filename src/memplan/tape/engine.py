@@ -420,7 +420,14 @@ class Graph:
                 target, slot = edge
                 if output is not None:
                     if isinstance(target, Parameter):
-                        self._accumulate_parameter(target, output)
+                        if target.name:
+                            self._accumulate_parameter(target, output)
+                        else:  # summed before the leaf gets it, as any node's input gradients
+                            previous, target.grad = target.grad, None
+                            if previous is not None:
+                                output = self._accumulate(previous, output)
+                                previous = None
+                            target.grad = output
                         output = None
                         continue
                     held = buffers.setdefault(target, {})
@@ -478,8 +485,7 @@ class Graph:
             return
         if not _held_once(gradient):
             gradient = self.new(gradient.shape, gradient.dtype, "grad")
-        if parameter.name:
-            self.recategorize(gradient, "gradients", f"{parameter.name} grad")
+        self.recategorize(gradient, "gradients", f"{parameter.name} grad")
         parameter.grad = gradient
 
 

@@ -173,7 +173,7 @@ def _leaf(x: Tensor) -> Tensor:
     return (
         x
         if x.needs_grad
-        else Parameter("input embeddings", x.shape, x.dtype, x.storage, None, trainable=True)
+        else Parameter("", x.shape, x.dtype, x.storage, None, trainable=True)
     )
 
 
