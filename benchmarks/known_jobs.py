@@ -53,14 +53,18 @@ def main() -> None:
     results = {name: plan(name) for name, _ in list_jobs()}
     for name, result in results.items():
         figures = (result.need_bytes, result.peak.allocated_bytes, result.top[0].bytes)
-        print(f"{name:30}{format_bytes(figures[0]):>14}{format_bytes(figures[1]):>14}{format_bytes(figures[2]):>16}")
+        print(
+            f"{name:30}{format_bytes(figures[0]):>14}{format_bytes(figures[1]):>14}{format_bytes(figures[2]):>16}"
+        )
 
     print(f"\n{'claim':46}{'claimed':>14}{'planned':>14}{'ratio':>8}")
     for claim in CLAIMS:
         result = results[claim.job]
         planned = result.need_bytes if claim.of == "need" else result.top[0].bytes
         words = f"{claim.job}: {claim.of}"
-        print(f"{words:46}{format_bytes(claim.bytes):>14}{format_bytes(planned):>14}{planned / claim.bytes:8.3f}")
+        print(
+            f"{words:46}{format_bytes(claim.bytes):>14}{format_bytes(planned):>14}{planned / claim.bytes:8.3f}"
+        )
 
     capacity = resolve_capacity("RTX 4090")
     print(f"\non {capacity.gpu}, {format_bytes(capacity.usable_bytes)} usable")
@@ -69,7 +73,9 @@ def main() -> None:
     for name, gpu in (("qwen2.5-7b-lora-24gb-before", "RTX 4090"), ("npt-llama-8b-naive", "80GB")):
         job = load_job(name).job
         (change, *_) = smallest_changes(job, resolve_model(job.model), resolve_capacity(gpu), num_results=1)
-        print(f"  {name} on {gpu}: {change.summary} (tier {change.tier}), needs {format_bytes(change.need_bytes)}")
+        print(
+            f"  {name} on {gpu}: {change.summary} (tier {change.tier}), needs {format_bytes(change.need_bytes)}"
+        )
 
 
 if __name__ == "__main__":

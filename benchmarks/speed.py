@@ -82,7 +82,11 @@ def main() -> None:
     answers: dict[str, tuple[Callable[[], object], int, int]] = {
         "allocated peak": (lambda: quick_need_bytes(job, model), 20, RUNS),
         "everything, every event replayed": (lambda: estimate(job, model), 150, RUNS),
-        "fit, the smallest change": (lambda: smallest_changes(field_job, field_model, card, num_results=1), 2000, 3),
+        "fit, the smallest change": (
+            lambda: smallest_changes(field_job, field_model, card, num_results=1),
+            2000,
+            3,
+        ),
         "fit, with runners-up": (lambda: smallest_changes(field_job, field_model, card), 2000, 3),
     }
     print(f"\n{'in one process':40}{'CPU ms':>8}{'limit':>8}{'ratio':>8}")
