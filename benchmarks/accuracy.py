@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import bands
 from benchmarks.ablation import ablate
-from benchmarks.compare import GROUPS, PEAKS, Row, compare
+from benchmarks.compare import GROUPS, PEAKS, Row, compare, compare_need
 from benchmarks.published import load_published
 from benchmarks.report import render
 from benchmarks.summary import summarize
@@ -22,6 +22,7 @@ def main() -> None:
     """Compare every case, print the summary, write both files."""
     cases = load_published()
     rows = [row for case in cases for row in compare(case)]
+    needs = [need for case in cases if (need := compare_need(case)) is not None]
     print(f"{'group':40}{'statistic':12}{'rows':>5}{'median':>9}{'p90':>9}{'worst':>10}")
     for group in GROUPS:
         for statistic in PEAKS:
@@ -29,8 +30,8 @@ def main() -> None:
     planned = sum(bool(case.fields) for case in cases)
     print(f"\n{len(cases)} published cases, {planned} planned, {len(cases) - planned} not")
     REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(render(cases, rows, ablate(rows)), encoding="utf-8")
-    bands.FILE.write_text(bands.dump_bands(bands.error_bands(rows)), encoding="utf-8")
+    REPORT.write_text(render(cases, rows, needs, ablate(rows)), encoding="utf-8")
+    bands.FILE.write_text(bands.dump_bands(bands.error_bands(rows, needs)), encoding="utf-8")
     for path in (REPORT, bands.FILE):
         print(f"wrote {path.relative_to(REPORT.parent.parent)}")
 

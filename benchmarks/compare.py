@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.published import Case, Measurement
-from memplan.allocator import AllocatorOutOfMemory, Replay, replay
+from memplan.allocator import AllocatorOutOfMemory, Replay, replay, replay_with_need
 from memplan.budget.outside import non_torch_bytes
 from memplan.gpu.catalogue import match_gpu
 from memplan.tape.behaviour import Behaviour
@@ -58,6 +58,36 @@ class Row:
         return ""
 
 
+@dataclass(frozen=True)
+class NeedRow:
+    """
+    The need inside torch's allocator, predicted, and what the run shows of it: at least the peak that it allocated,
+    at most what it reserved, since it completed in that.
+    """
+
+    case: Case
+    allocated_bytes: int
+    reserved_bytes: int
+    predicted_bytes: int
+
+    @property
+    def error(self) -> float:
+        """How far the prediction lies outside of that, relative to it; 0 inside."""
+        nearest = min(max(self.predicted_bytes, self.allocated_bytes), self.reserved_bytes)
+        return self.predicted_bytes / nearest - 1
+
+
+def compare_need(case: Case) -> NeedRow | None:
+    """None for a case on several GPUs, and for one of which not both peaks are known."""
+    measured = {figure.statistic: figure.bytes for figure in (case.measured, *case.also_measured)}
+    if not case.fields or case.gpus > 1 or case.model_code != "transformers":
+        return None
+    reserved = measured.get("reserved", measured.get("device", 0) - non_torch_bytes(case.job)[0])
+    if "allocated" not in measured or reserved <= measured["allocated"]:
+        return None
+    return NeedRow(case, measured["allocated"], reserved, Run(case, case.behaviour).need_bytes())
+
+
 def compare(case: Case) -> list[Row]:
     """A row per statistic of this case that memplan predicts; none for a case without a job."""
     if not case.fields:
@@ -91,6 +121,13 @@ class Run:
         if statistic == END and self.case.gpus == 1:
             return self.replay.allocated_bytes
         return None
+
+    def need_bytes(self) -> int:
+        """The smallest capacity at which the tape completes."""
+        tape = self.tape
+        return replay_with_need(
+            tape.events, tape.sizes, tape.streams, self.case.job.allocator, marks=tape.marks
+        )[1]
 
     def _inside(self, mark: Mark) -> bool:
         return {"process": True, "train": mark.step > 0, "second step": mark.step == 2}[self.case.scope]

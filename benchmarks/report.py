@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.ablation import Ablation
-from benchmarks.compare import ASSUMED, END, GROUPS, ONE_GPU, OTHER, SHARDED, Row
+from benchmarks.compare import ASSUMED, END, GROUPS, ONE_GPU, OTHER, SHARDED, NeedRow, Row
 from benchmarks.published import Case
 from benchmarks.summary import summarize
 from memplan.units import GiB
@@ -43,10 +43,13 @@ GROUP_NOTES = {
 }
 
 
-def render(cases: Sequence[Case], rows: Sequence[Row], ablations: Sequence[Ablation]) -> str:
+def render(
+    cases: Sequence[Case], rows: Sequence[Row], needs: Sequence[NeedRow], ablations: Sequence[Ablation]
+) -> str:
     """The whole page."""
-    parts = [HEAD, _summary(cases, rows), _by_source(rows), _ablations(ablations), _misses(rows)]
-    parts += [_group(group, rows) for group in GROUPS]
+    parts = [HEAD, summary_section(cases, rows), need_section(needs), _by_source(rows)]
+    parts += [_ablations(ablations), miss_section(rows)]
+    parts += [group_section(group, rows) for group in GROUPS]
     parts.append(_unsupported(cases))
     return "\n".join(parts)
 
@@ -81,7 +84,8 @@ def _grouped(
     return dict(sorted(grouped.items()))
 
 
-def _summary(cases: Sequence[Case], rows: Sequence[Row]) -> str:
+def summary_section(cases: Sequence[Case], rows: Sequence[Row]) -> str:
+    """How far off, by group and statistic."""
     planned = sum(bool(case.fields) for case in cases)
     grouped = _grouped(rows, lambda row: (GROUPS.index(row.group), row.measured.statistic))
     lines = [[GROUPS[group], statistic, *_figures(errors)] for (group, statistic), errors in grouped.items()]
@@ -91,6 +95,32 @@ def _summary(cases: Sequence[Case], rows: Sequence[Row]) -> str:
         "Allocated bytes are what a job's tensors take, and what a plan is judged by. Reserved bytes and what the "
         "driver shows hold the allocator's cache as well: what is in it depends on the order of requests since the "
         "start, on lengths that vary and on the allocator of that version, and no need includes it.\n"
+    )
+
+
+def need_section(needs: Sequence[NeedRow]) -> str:
+    """Predicted needs between what the runs show of them."""
+    outside = [need for need in needs if need.error]
+    lines = [
+        [
+            f"`{need.case.id}`",
+            f"{need.allocated_bytes / GiB:.3f}",
+            f"{need.predicted_bytes / GiB:.3f}",
+            f"{need.reserved_bytes / GiB:.3f}",
+            f"{need.error:+.2%}" if need.error else "",
+        ]
+        for need in needs
+    ]
+    worst = max(outside, key=lambda need: abs(need.error))
+    header = ("run", "allocated", "need", "reserved", "outside by")
+    return (
+        "## The need\n\nThe need is the smallest capacity at which a job completes. No run measures it, but each "
+        "bounds it: a run needs at least the peak that it allocated, and at most what it reserved, since it "
+        "completed in that (for nvidia-smi's figures, less the context that is planned for). Of "
+        f"{len(needs)} predictions on one GPU {len(needs) - len(outside)} lie between, "
+        f"{sum(need.error > 0 for need in outside)} above and {sum(need.error < 0 for need in outside)} below; the "
+        f"furthest is {worst.error:+.2%} outside. GiB inside torch's allocator.\n\n"
+        f"{_table(header, lines, 4)}"
     )
 
 
@@ -127,7 +157,8 @@ def _ablations(ablations: Sequence[Ablation]) -> str:
     )
 
 
-def _misses(rows: Sequence[Row]) -> str:
+def miss_section(rows: Sequence[Row]) -> str:
+    """Errors beyond MISS, by cause."""
     missed = [row for row in rows if abs(row.error) > MISS]
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row in missed:
@@ -140,7 +171,8 @@ def _misses(rows: Sequence[Row]) -> str:
     return text + _table(("statistic", "cause", "rows", "lowest", "highest"), lines, 3)
 
 
-def _group(group: str, rows: Sequence[Row]) -> str:
+def group_section(group: str, rows: Sequence[Row]) -> str:
+    """Every row of a group."""
     lines = [
         [
             f"`{row.case.id}`",
