@@ -170,11 +170,7 @@ def _reentrant_backward(
 def _leaf(x: Tensor) -> Tensor:
     """enable_input_require_grads: the frozen embedding's output becomes a leaf that collects a gradient."""
     assert x.storage is not None
-    return (
-        x
-        if x.needs_grad
-        else Parameter("", x.shape, x.dtype, x.storage, None, trainable=True)
-    )
+    return x if x.needs_grad else Parameter("", x.shape, x.dtype, x.storage, None, trainable=True)
 
 
 # -- Llama, Mistral, Qwen2, Qwen3 --------------------------------------------------------------------------
