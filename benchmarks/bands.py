@@ -37,7 +37,8 @@ def error_bands(rows: Sequence[Row], needs: Sequence[NeedRow]) -> dict[str, Any]
         if len({row.case.id for row in chosen}) >= MIN_RUNS:
             bands[method] = _band(chosen, f"published {name} runs on one GPU")
     sharded = [row for row in counted if row.group == SHARDED]
-    bands["sharded"] = _band(sharded, "published runs on 2 and 4 GPUs")
+    if len({row.case.id for row in sharded}) >= MIN_RUNS:
+        bands["sharded"] = _band(sharded, "published runs on 2 and 4 GPUs")
     return bands
 
 

@@ -1,0 +1,74 @@
+"""The arithmetic of the accuracy report: medians, percentiles, bands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+from benchmarks.bands import error_bands
+from benchmarks.compare import NeedRow, Row
+from benchmarks.published import Case, Measurement
+from benchmarks.summary import summarize
+
+
+def row(
+    number: int, method: str, measured: int, predicted: int, *, gpus: int = 1, trust: str = "high"
+) -> Row:
+    """A row of an allocated peak."""
+    figure = Measurement("allocated", measured, "")
+    case = Case(f"{method}-{number}", "", "", "", gpus, "", figure, trust, fields={"method": method})
+    return Row(case, figure, predicted)
+
+
+def test_summary_of_errors():
+    """Median and percentile of absolute values, the worst with its sign, and how many are too low."""
+    summary = summarize([0.01, -0.02, 0.03, -0.3, 0.0])
+
+    assert 5 == summary.count
+    assert 0.02 == summary.median
+    assert 0.192 == pytest.approx(summary.p90)
+    assert -0.3 == summary.worst
+    assert 2 == summary.too_low
+
+
+def test_nothing_has_no_summary():
+    """An empty group is an error, not zeros."""
+    with pytest.raises(ValueError, match="nothing"):
+        summarize([])
+
+
+def test_bands_are_by_method_and_rounded_outwards():
+    """measured / predicted - 1, with zero inside; a method with four runs has none of its own."""
+    rows = [row(number, "lora", 100, 100) for number in range(4)]
+    rows += [row(4, "lora", 100_000, 103_093), row(5, "lora", 100_000, 99_001)]
+    rows += [row(number, "full", 100, 80) for number in range(4)]
+    rows += [row(number, "lora", 100, 50, gpus=2) for number in range(6, 11)]
+    rows += [row(11, "lora", 100, 10, trust="low")]
+    bands = error_bands(rows, [])
+
+    assert {"all", "lora", "sharded"} == bands.keys()
+    assert (-0.0301, 0.0101) == (bands["lora"]["low"], bands["lora"]["high"])
+    assert (-0.0301, 0.25) == (bands["all"]["low"], bands["all"]["high"])
+    assert (0.0, 1.0) == (bands["sharded"]["low"], bands["sharded"]["high"])
+    assert bands["lora"]["source"].startswith("smallest and largest error on 6 published LoRA runs")
+
+
+def test_a_need_beyond_what_a_run_reserved_widens_the_band():
+    """A run that completed in 100 needs no more: a need of 125 was 20 % too high at least."""
+    rows = [row(number, "full", 100, 100) for number in range(5)]
+    need = NeedRow(rows[0].case, allocated_bytes=90, reserved_bytes=100, predicted_bytes=125)
+
+    assert 0.25 == need.error
+    assert -0.2 == error_bands(rows, [need])["full"]["low"]
+
+
+@pytest.mark.parametrize(("predicted", "error"), [(80, -0.2), (100, 0.0), (110, 0.0), (150, 0.25)])
+def test_a_need_is_held_to_the_interval_that_a_run_shows(predicted: int, error: float):
+    """Between the allocated peak of 100 and the reserved one of 120."""
+    need = NeedRow(row(0, "full", 1, 1).case, 100, 120, predicted)
+
+    assert error == pytest.approx(need.error)
