@@ -76,19 +76,17 @@ class Behaviour:
     @staticmethod
     def for_job(job: Job) -> Behaviour:
         """The loop and the card that the job names, in the versions at hand."""
-        before_ampere = _before_ampere(job.gpu)
-        if job.loop == "script":
-            return Behaviour(
-                hold_logits=True,
-                hold_hidden=True,
-                use_cache=job.activation_checkpointing == "none",
-                before_ampere=before_ampere,
-            )
-        trainer = job.loop == "hf_trainer"
+        trainer, script = job.loop == "hf_trainer", job.loop == "script"
+        capability = _compute_capability(job.gpu)
         return Behaviour(
-            hold_hidden=trainer,
+            hold_logits=script,
+            hold_hidden=script or trainer,
+            use_cache=script and job.activation_checkpointing == "none",
             float_output=trainer and job.autocast is not None,
-            before_ampere=before_ampere,
+            before_ampere=capability < (8, 0),
+            cublas_workspace_bytes=(
+                CUBLAS_WORKSPACE_BYTES_HOPPER if capability[0] == 9 else CUBLAS_WORKSPACE_BYTES
+            ),
         )
 
     @staticmethod
@@ -125,13 +123,12 @@ class Behaviour:
         )
 
 
-def _before_ampere(gpu: str | None) -> bool:
-    """Whether a job names a card below sm80; False where it names none, or one that is not in the catalogue."""
+def _compute_capability(gpu: str | None) -> tuple[int, int]:
+    """Of the card that a job names; that of an A100 where it names none, or one that is not in the catalogue."""
     from memplan.gpu.catalogue import match_gpu
 
     profile = None if gpu is None else match_gpu(gpu)
-    capability = None if profile is None else profile.compute_capability
-    return capability is not None and capability < (8, 0)
+    return (8, 0) if profile is None or profile.compute_capability is None else profile.compute_capability
 
 
 def _version(text: str) -> tuple[int, ...]:
