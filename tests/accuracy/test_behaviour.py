@@ -1,0 +1,105 @@
+"""`Behaviour`: what follows from the loop, the card and the versions that a job runs with."""
+
+from __future__ import annotations
+
+import pytest
+
+from memplan.job.spec import Job, Parallel
+from memplan.tape.behaviour import (
+    CUBLAS_WORKSPACE_BYTES,
+    CUBLAS_WORKSPACE_BYTES_HOPPER,
+    KERNELS,
+    Behaviour,
+    _version,
+)
+
+TRAINER = Job(
+    model="x",
+    method="lora",
+    loop="hf_trainer",
+    activation_checkpointing="full",
+    attention="flash_attention_2",
+)
+
+
+def behaviour(transformers: str, job: Job = TRAINER, family: str = "llama") -> Behaviour:
+    """Of a version of transformers."""
+    return Behaviour.for_software(job, {"transformers": transformers}, family=family)
+
+
+@pytest.mark.parametrize(
+    ("version", "shift", "in_forward", "reentrant"),
+    [("4.45.2", 1, 1, 1), ("4.48.1", 1, 0, 1), ("4.49.0", 0, 0, 1), ("4.57.1", 0, 0, 1), ("5.8", 0, 0, 0)],
+)
+def test_the_loss_and_checkpointing_of_a_version(version: str, shift: int, in_forward: int, reentrant: int):
+    """Logits shifted until 4.48, made float32 in forward until 4.45, reentrant checkpointing until 5."""
+    old = behaviour(version)
+
+    assert (bool(shift), bool(in_forward), bool(reentrant)) == (
+        old.shift_logits,
+        old.float_logits,
+        old.reentrant,
+    )
+
+
+def test_key_heads_that_the_caller_repeats():
+    """Mistral's flash attention until 4.47; sdpa for every family until 4.53."""
+    sdpa = TRAINER.replace(attention="sdpa")
+
+    assert behaviour("4.45.2", family="mistral").repeat_key_heads
+    assert not behaviour("4.45.2", family="llama").repeat_key_heads
+    assert not behaviour("4.48.1", family="mistral").repeat_key_heads
+    assert behaviour("4.53.3", sdpa).repeat_key_heads
+    assert not behaviour("5.8", sdpa).repeat_key_heads
+
+
+def test_fsdp1_is_that_of_sharded_jobs_before_5():
+    """One GPU has no units; version 5 shards with FSDP2."""
+    sharded = TRAINER.replace(parallel=Parallel(strategy="FULL_SHARD", dp_shard=2))
+
+    assert [False, True, False] == [
+        behaviour("4.48.1").fsdp1,
+        behaviour("4.48.1", sharded).fsdp1,
+        behaviour("5.8", sharded).fsdp1,
+    ]
+
+
+def test_kernels_and_padding_are_taken_as_given():
+    """Every name in KERNELS is a field."""
+    given = Behaviour.for_software(TRAINER, {}, family="llama", kernels=KERNELS, padded=True)
+
+    assert all(getattr(given, kernel) for kernel in KERNELS)
+    assert given.padding_mask
+
+
+@pytest.mark.parametrize(
+    ("gpu", "before_ampere", "workspace"),
+    [
+        (None, False, CUBLAS_WORKSPACE_BYTES),
+        ("24GB", False, CUBLAS_WORKSPACE_BYTES),
+        ("Tesla T4", True, CUBLAS_WORKSPACE_BYTES),
+        ("NVIDIA A100-SXM4-80GB", False, CUBLAS_WORKSPACE_BYTES),
+        ("H200", False, CUBLAS_WORKSPACE_BYTES_HOPPER),
+    ],
+)
+def test_the_card_that_a_job_names(gpu: str | None, before_ampere: bool, workspace: int):
+    """Kernels of sdpa and cuBLAS's workspace follow its compute capability."""
+    found = Behaviour.for_job(Job(model="x", gpu=gpu))
+
+    assert (before_ampere, workspace) == (found.before_ampere, found.cublas_workspace_bytes)
+
+
+def test_the_loop_decides_what_is_held():
+    """memplan holds nothing, the Trainer hidden states and a float32 output, a script its output and cache."""
+    jobs = [Job(model="x", loop=loop, autocast="bfloat16") for loop in ("memplan", "hf_trainer", "script")]
+    ours, trainer, script = (Behaviour.for_job(job) for job in jobs)
+
+    assert Behaviour() == ours
+    assert Behaviour(hold_hidden=True, float_output=True) == trainer
+    assert Behaviour(hold_hidden=True, hold_logits=True, use_cache=True) == script
+
+
+def test_versions_are_compared_as_numbers():
+    """A local part does not count, and 4.9 is before 4.45."""
+    assert (2, 4, 1) == _version("2.4.1+cu121")
+    assert _version("4.9") < _version("4.45.2")
