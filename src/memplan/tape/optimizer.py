@@ -175,7 +175,8 @@ class OptimizerProgram:
     def _clip(self, number: int) -> None:
         """clip_grad_norm_: a scalar per gradient, and the kernel's partial sums."""
         g = self.g
-        outer, g.category, g.path = g.category, "workspace", "clip_grad_norm_"
+        outer = g.category, g.path
+        g.category, g.path = "workspace", "clip_grad_norm_"
         largest = max(prod(parameter.local_shape) for parameter in self.parameters)
         g.begin(f"clip {number}")
         partial = g.storage(
@@ -191,4 +192,4 @@ class OptimizerProgram:
             g.enter(parameter.layer)
             norms.pop()
         g.enter(None)
-        g.category = outer
+        g.category, g.path = outer
