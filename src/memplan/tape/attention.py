@@ -323,13 +323,14 @@ def batched_matmul(g: Graph, a: Tensor, b: Tensor, columns: int) -> Tensor:
     out = g.new((*a.shape[:-1], columns), a.dtype, "output")
     if g.needs(left, right):
         saved = [left if right.needs_grad else None, right if left.needs_grad else None]
-        g.record(out, (left, right), saved, _batched_backward, (a.shape, b.shape))
+        g.record(out, (left, right), saved, product_backward, (a.shape, b.shape))
     return out
 
 
-def _batched_backward(
+def product_backward(
     g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
 ) -> Gradients:
+    """Of any product of two operands whose shapes are in `extra`: the right one's gradient first."""
     gradient = gradients[0]
     shape_a, shape_b = node.extra
     edge_a, edge_b = node.edges

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.job.spec import Job
+from memplan.tape.attention import product_backward
 from memplan.tape.engine import Gradients, Graph, Node, Tensor
 from memplan.tape.linear import autocast_to, linear
 from memplan.tape.model import Block, Model, NptModulator
@@ -91,19 +92,8 @@ def _product(g: Graph, x: Tensor, weight: Tensor, columns: int, name: str) -> Te
     )
     out = g.new((*x.shape[:-1], columns), x.dtype, name)
     if saved is not None:
-        g.record(out, (x, weight), saved, _product_backward, (x.shape, weight.shape))
+        g.record(out, (x, weight), saved, product_backward, (x.shape, weight.shape))
     return out
-
-
-def _product_backward(
-    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
-) -> Gradients:
-    gradient = gradients[0]
-    shape_x, shape_weight = node.extra
-    edge_x, edge_weight = node.edges
-    grad_weight = g.new(shape_weight, gradient.dtype, "grad of weight") if edge_weight is not None else None
-    grad_x = g.new(shape_x, gradient.dtype, "grad of input") if edge_x is not None else None
-    return [grad_x, grad_weight]
 
 
 def _encode(g: Graph, npt: NptModulator, a: Tensor) -> Tensor:
@@ -156,7 +146,7 @@ def _factored(g: Graph, npt: NptModulator, x: Tensor, m: Tensor, gate: Tensor) -
     b = cast(g, npt.b, gate.dtype)
     saved = g.save(u, b)
     out = g.new(gate.shape, gate.dtype, "modulated gate")
-    g.record(out, (u, b), saved, _product_backward, (u.shape, b.shape))
+    g.record(out, (u, b), saved, product_backward, (u.shape, b.shape))
     return out
 
 
