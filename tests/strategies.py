@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from memplan.job.fields import Field, job_fields
-from memplan.job.spec import Job
+from memplan.job.spec import Job, Train
 
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "lm_head")
 
@@ -30,7 +30,38 @@ def jobs(draw: st.DrawFn, **fixed: Any) -> Job:
     drawn = {name: draw(_values(field)) for name, field in job_fields().items() if name not in fixed}
     if not any(name.startswith("parallel.") for name in fixed):
         drawn |= {f"parallel.{name}": value for name, value in draw(_parallel()).items()}
-    return Job(model="gpt2").replace(**drawn, **fixed)
+    return _agreeing(Job(model="gpt2").replace(**drawn, **fixed))
+
+
+def _agreeing(job: Job) -> Job:
+    """The job without what its fields cannot say together."""
+    changes: dict[str, Any] = {}
+    if job.train.warmup_ratio is not None:
+        changes["train.warmup_steps"] = 0
+    if job.npt.sample_tokens >= job.max_seq_len:
+        changes["npt.samples"] = 0
+    if job.npt.target == "all" and job.npt.variant == "diag":
+        changes["npt.target"] = "gate_up"
+    if "lm_head" not in job.quantization.skip:
+        changes["npt.logits_weight"] = 0.0
+    if job.train.epochs is not None:
+        changes["train.max_steps"] = Train.max_steps
+    if job.train.min_learning_rate > job.train.learning_rate:
+        changes["train.min_learning_rate"] = job.train.learning_rate
+    if job.data.eval is None:
+        changes |= {"train.eval_every": None, "train.early_stopping": None}
+    needs_blocks = (
+        job.activation_checkpointing != "none" or job.parallel.strategy != "NO_SHARD" or job.offload.params
+    )
+    if job.parallel.strategy in ("ZERO_1", "ZERO_2"):
+        changes["offload.params"] = False
+    if job.method == "npt" and needs_blocks:
+        changes["npt.objective"] = "layer"
+    if job.method == "npt":
+        changes["data.special_tokens"] = ()
+    elif "lm_head" in job.lora.target_modules or "lm_head" not in job.quantization.skip:
+        changes["lora.train_tokens"] = False
+    return job.replace(**changes)
 
 
 def _values(field: Field) -> st.SearchStrategy[Any]:
@@ -63,8 +94,11 @@ def _names(alphabet: st.SearchStrategy[str], **bounds: int) -> st.SearchStrategy
 _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "lora.target_modules": st.just("all-linear")
     | _names(st.sampled_from(_MODULES) | texts().filter(lambda text: text != "all-linear"), min_size=1),
+    "npt.logits_weight": st.floats(0, 1),
     "npt.layers": st.sampled_from(("all", "upper_half", "lower_half"))
     | st.lists(st.integers(0, 200), unique=True, min_size=1, max_size=6).map(tuple),
+    "data.special_tokens": _names(texts()),
+    "data.vocab_multiple": st.sampled_from((1, 8, 64, 128)),
     "quantization.skip": _names(st.sampled_from(_MODULES) | texts()),
     "gpu": st.sampled_from(("24GB", "24GiB", "live", "RTX 4090", "NVIDIA H100 80GB HBM3")) | texts(),
     "margin": st.sampled_from(("5%", "0%", "12.5 %", "1GiB", "512 MiB", "0")),

@@ -153,7 +153,7 @@ def test_class_without_architectures() -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM"),
+        ({"model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"]}, "Starcoder2ForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"model_type": "mistral"}, "LlamaForCausalLM"),
         ({"text_config": {}, "architectures": ["LlavaForConditionalGeneration"]}, "multimodal"),
@@ -168,6 +168,28 @@ def test_unknown_models(keys: dict[str, Any], says: str) -> None:
     assert says in failure.value.message
     assert 3 == failure.value.exit_code
     assert failure.value.hint
+
+
+def test_text_part_of_a_multimodal_model() -> None:
+    """Gemma 3 with its vision tower is not planned as its text part; that part is, and the refusal says how."""
+    text = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "sliding_window": 1024,
+    }  # fmt: skip
+    whole = {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": {},
+    }
+
+    with pytest.raises(UnknownModel, match="multimodal") as failure:
+        architecture_from_config(whole, name="google/gemma-3-4b-it", source="test")
+    alone = architecture_from_config(text, name="text part", source="test")
+
+    assert "`text_config`" in failure.value.hint
+    assert "Gemma3ForCausalLM" in failure.value.hint
+    assert ("gemma3_text", 8, 4) == (alone.family, alone.num_attention_heads, alone.num_key_value_heads)
 
 
 @pytest.mark.parametrize("key", ["add_cross_attention", "reorder_and_upcast_attn"])

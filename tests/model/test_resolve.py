@@ -101,10 +101,10 @@ def test_catalogue_by_name_and_hub_id() -> None:
 
 def test_catalogue_entry_without_a_program() -> None:
     """A known model of an unknown family is exit code 3; its config can still be had for the trace writer."""
-    with pytest.raises(UnknownModel, match="Gemma2ForCausalLM"):
-        resolve_model("google/gemma-2-9b")
+    with pytest.raises(UnknownModel, match="Starcoder2ForCausalLM"):
+        resolve_model("bigcode/starcoder2-7b")
 
-    assert "gemma2" == resolve_config("google/gemma-2-9b").config["model_type"]
+    assert "starcoder2" == resolve_config("bigcode/starcoder2-7b").config["model_type"]
 
 
 @pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"])

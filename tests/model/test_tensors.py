@@ -68,6 +68,94 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "tie_word_embeddings": True,
     },
+    "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 4},
+    "mixtral, head_dim, one expert per token": {
+        "model_type": "mixtral",
+        **SIZES,
+        "head_dim": 32,
+        "num_experts_per_tok": 1,
+    },
+    "qwen3_moe": {"model_type": "qwen3_moe", **SIZES, "num_experts": 8, "moe_intermediate_size": 48},
+    "gpt_neox": {
+        "model_type": "gpt_neox",
+        **{key: value for key, value in SIZES.items() if key != "num_key_value_heads"},
+        "rotary_pct": 0.5,
+    },
+    "gpt_neox, one branch after the other, dropout": {
+        "model_type": "gpt_neox",
+        **{key: value for key, value in SIZES.items() if key != "num_key_value_heads"},
+        "use_parallel_residual": False,
+        "hidden_dropout": 0.1,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    },
+    "falcon": {"model_type": "falcon", "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3},
+    "falcon, grouped": {
+        "model_type": "falcon",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 96,
+        "vocab_size": 130,
+    },
+    "falcon, grouped, one norm, untied, dropout": {
+        "model_type": "falcon",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+        "tie_word_embeddings": False,
+        "hidden_dropout": 0.1,
+    },
+    "gpt_bigcode": {
+        "model_type": "gpt_bigcode",
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 3,
+        "vocab_size": 130,
+        "n_positions": 40,
+    },
+    "gpt_bigcode, all key heads": {
+        "model_type": "gpt_bigcode",
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_inner": 50,
+        "multi_query": False,
+    },
+    "gemma": {"model_type": "gemma", **SIZES, "head_dim": 32, "hidden_act": "gelu"},
+    "gemma, untied, biases": {
+        "model_type": "gemma",
+        **SIZES,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+    },
+    "gemma2": {"model_type": "gemma2", **SIZES, "head_dim": 32},
+    "gemma3": {"model_type": "gemma3_text", **SIZES, "head_dim": 32, "num_hidden_layers": 7},
+    "gemma3, all blocks slide": {"model_type": "gemma3_text", **SIZES, "sliding_window_pattern": 4},
+    "phi3": {"model_type": "phi3", **SIZES, "pad_token_id": 0},
+    "phi3, partial rotary, tied": {
+        "model_type": "phi3",
+        **SIZES,
+        "pad_token_id": 0,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+    },
+    "olmo": {"model_type": "olmo", **SIZES},
+    "olmo, biases": {"model_type": "olmo", **SIZES, "attention_bias": True, "clip_qkv": 8.0},
+    "olmo2": {"model_type": "olmo2", **SIZES},
+    "olmo3": {"model_type": "olmo3", **SIZES, "num_hidden_layers": 5},
+    "bert": {
+        "model_type": "bert",
+        **{key: value for key, value in SIZES.items() if key != "num_key_value_heads"},
+        "type_vocab_size": 3,
+    },
+    "bert, the defaults": {"model_type": "bert", "num_hidden_layers": 1},
     "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 3, "vocab_size": 130},
     "gpt2, untied, inner": {
         "model_type": "gpt2",
@@ -92,10 +180,10 @@ def on_meta(config: dict[str, Any]) -> Any:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     keys = dict(config)
+    masked = keys["model_type"] == "bert"
+    kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(keys.pop("model_type"), **keys)
-        )
+        return kind.from_config(transformers.AutoConfig.for_model(keys.pop("model_type"), **keys))
 
 
 @pytest.mark.torch
@@ -126,7 +214,7 @@ class TestAgainstTransformers:
         expected = [
             (name, tuple(module.weight.shape), module.bias is not None, type(module).__name__ == "Conv1D")
             for name, module in on_meta(config).named_modules()
-            if type(module).__name__ in ("Linear", "Conv1D")
+            if type(module).__name__ in ("Linear", "FalconLinear", "Conv1D")
         ]
 
         assert expected == [
@@ -145,10 +233,19 @@ class TestAgainstTransformers:
     def test_dropouts_and_activation(self, config: dict[str, Any]) -> None:
         """Defaults of the config class are ours."""
         theirs, ours = on_meta(config).config, architecture_of(config)
-        if ours.family == "gpt2":
+        if ours.family == "falcon":
+            expected = (0.0, theirs.hidden_dropout, 0.0, theirs.activation)
+        elif ours.family == "gpt_neox":
+            dropout = theirs.hidden_dropout  # also that of the embeddings
+            expected = (theirs.attention_dropout, dropout, dropout, theirs.hidden_act)
+        elif ours.family == "bert":
+            dropout = theirs.hidden_dropout_prob
+            expected = (theirs.attention_probs_dropout_prob, dropout, dropout, theirs.hidden_act)
+        elif ours.family in ("gpt2", "gpt_bigcode"):
             expected = (theirs.attn_pdrop, theirs.resid_pdrop, theirs.embd_pdrop, theirs.activation_function)
         else:
-            expected = (theirs.attention_dropout, 0.0, 0.0, theirs.hidden_act)
+            activation = theirs.hidden_act if hasattr(theirs, "hidden_act") else theirs.hidden_activation
+            expected = (theirs.attention_dropout, 0.0, 0.0, activation)
 
         assert expected == (
             ours.attention_dropout, ours.residual_dropout, ours.embedding_dropout, ours.hidden_act,
@@ -177,6 +274,19 @@ def test_roles_and_layers() -> None:
     assert ("norm", 0) == gpt2["transformer.h.0.ln_1.bias"]
     assert ("bias", 1) == gpt2["transformer.h.1.mlp.c_fc.bias"]
     assert ("embedding", None) == gpt2["transformer.wpe.weight"]
+
+
+def test_experts_are_bare_parameters() -> None:
+    """Stacked weights are called as transformers calls them, and are no linear layers; neither is the router."""
+    architecture = architecture_of(CONFIGS["mixtral"])
+    seen = {p.name: (p.role, p.shape) for p in parameters(architecture) if ".mlp." in p.name and p.layer == 1}
+
+    assert seen == {
+        "model.layers.1.mlp.gate.weight": ("router", (4, 64)),
+        "model.layers.1.mlp.experts.gate_up_proj": ("experts", (4, 192, 64)),
+        "model.layers.1.mlp.experts.down_proj": ("experts", (4, 64, 96)),
+    }
+    assert not [linear for linear in linear_modules(architecture) if ".mlp." in linear.name]
 
 
 def test_linear_modules_of_a_tied_model_include_the_head() -> None:

@@ -51,7 +51,7 @@ FIELD_WORDS: dict[str, dict[str, Any]] = {
         "lion_32bit": "lion",
     },
     "lora.target_modules": {"all": "all-linear"},
-    "train.schedule": {"constant_with_warmup": "constant"},
+    "train.schedule": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"},
     "parallel.strategy": {
         "ddp": "NO_SHARD", "no_shard": "NO_SHARD", "shard_grad_op": "SHARD_GRAD_OP",
         "full_shard": "FULL_SHARD", "hybrid_shard": "HYBRID_SHARD",
@@ -103,15 +103,34 @@ _SAME = {
     "parallel.ep": ("expert_parallel_size", "expert_parallel_degree"),
     "offload.params": ("offload_params", "fsdp_cpu_offload", "fsdp_offload_params"),
     "load.ram_efficient": ("cpu_ram_efficient_loading", "fsdp_cpu_ram_efficient_loading"),
+    "data.train": ("dataset_name", "train_file"),
+    "data.eval": ("validation_file",),
+    "data.split": ("dataset_train_split",),
+    "data.subset": ("dataset_config", "dataset_config_name"),
     "data.text": ("dataset_text_field",),
-    "train.max_steps": ("max_steps",),
+    "data.messages": ("field_messages", "data.field_messages"),
+    "data.chat_template": ("chat_template_path",),
+    "data.special_tokens": (
+        "tokens", "special_tokens", "add_tokens", "add_special_tokens", "new_special_tokens",
+    ),
+    "train.max_steps": ("max_steps", "train.steps"),
+    "train.epochs": ("num_train_epochs", "num_epochs", "epochs", "train.num_train_epochs"),
     "train.learning_rate": ("learning_rate", "lr", "train.lr"),
-    "train.warmup_steps": ("warmup_steps",),
+    "train.warmup_steps": ("warmup_steps", "num_warmup_steps", "lr_warmup_steps"),
+    "train.warmup_ratio": ("warmup_ratio",),
+    "train.min_learning_rate": ("min_lr", "train.min_lr"),
     "train.schedule": ("lr_scheduler_type", "lr_scheduler", "train.lr_scheduler_type"),
     "train.weight_decay": ("weight_decay",),
+    "train.beta1": ("adam_beta1", "train.adam_beta1"),
+    "train.beta2": ("adam_beta2", "train.adam_beta2"),
+    "train.epsilon": ("adam_epsilon", "train.adam_epsilon", "train.eps"),
     "train.max_grad_norm": ("max_grad_norm", "gradient_clipping"),
     "train.save_every": ("save_steps", "train.save_steps"),
+    "train.keep_checkpoints": ("save_total_limit", "train.save_total_limit"),
+    "train.eval_every": ("eval_steps", "train.eval_steps"),
+    "train.early_stopping": ("early_stopping_patience", "train.early_stopping_patience"),
     "train.output_dir": ("output_dir",),
+    "train.report_to": ("report_to",),
     "train.seed": ("seed",),
 }  # fmt: skip
 
@@ -124,7 +143,13 @@ ALIASES: dict[str, Alias] = {
     "bf16": Alias("autocast", {"true": "bfloat16", "false": Not("bfloat16")}),
     "fp16": Alias("autocast", {"true": "float16", "false": Not("float16")}),
     "mixed_precision": Alias("autocast", {"bf16": "bfloat16", "fp16": "float16", "no": None}),
+    "train_on_inputs": Alias("data.mask", {"true": "none", "false": "prompt"}),
+    "train_on_prompt": Alias("data.mask", {"true": "none", "false": "prompt"}),
+    "mask_history": Alias("data.mask", {"true": "history", "false": Not("history")}),
+    "completion_only_loss": Alias("data.mask", {"true": "prompt", "false": "none"}),
+    "assistant_only_loss": Alias("data.mask", {"true": "prompt", "false": "none"}),
     "flash_attention": Alias("attention", {"true": "flash_attention_2", "false": Not("flash_attention_2")}),
+    "resize_token_embeddings_to_32x": Alias("data.vocab_multiple", {"true": 32, "false": 1}),
     "lora_target_linear": Alias("lora.target_modules", {"true": "all-linear", "false": Not("all-linear")}),
 }
 """Other tools' names. That of a section's field is also known inside the section: `train: {lr: 1.0e-4}`."""
@@ -134,8 +159,8 @@ _GLOBAL_BATCH = (
     "data-parallel degrees"
 )
 _EIGHT_BIT = "memplan plans a 4-bit base (`method: qlora`) or a 16-bit one (`method: lora`)"
-_STEPS = "memplan counts optimizer steps: set `train.max_steps`"
 _STRATEGY = "set `parallel.strategy`, `parallel.dp_shard` and `offload` instead"
+_ROWS = "name added tokens with `data.special_tokens`: their rows train beside adapters, no other ones"
 _LIGER = "set `loss: fused` for Liger's head and loss; its other kernels are not planned"
 
 REMEDIES: dict[str, str] = {
@@ -145,10 +170,8 @@ REMEDIES: dict[str, str] = {
     "total_batch_size": _GLOBAL_BATCH,
     "per_device_eval_batch_size": "remove it: evaluation runs with `micro_batch_size`",
     "eval_batch_size": "remove it: evaluation runs with `micro_batch_size`",
-    "num_train_epochs": _STEPS,
-    "num_epochs": _STEPS,
-    "epochs": _STEPS,
-    "warmup_ratio": "set `train.warmup_steps`, in optimizer steps",
+    "dataset": "name the training data with `data.train`",
+    "datasets": "name the training data with `data.train`",
     "load_in_8bit": _EIGHT_BIT,
     "deepspeed": _STRATEGY,
     "fsdp": _STRATEGY,
@@ -156,6 +179,11 @@ REMEDIES: dict[str, str] = {
     "use_liger_kernel": _LIGER,
     "enable_liger_kernel": _LIGER,
     "bnb_4bit_compute_dtype": "4-bit layers compute in `dtype`, or in `autocast` where it is set",
+    "resize_vocab": "remove it: embeddings grow where `data.special_tokens` have no room",
+    "trainable_token_indices": _ROWS,
+    "modules_to_save": _ROWS,
+    "lora_modules_to_save": _ROWS,
+    "additional_target": _ROWS,
     "use_cache": "remove it: training never keeps a key-value cache",
     "world_size": "set `parallel.dp_shard` and `parallel.dp_replicate`; their product is the number of GPUs",
     "num_gpus": "set `parallel.dp_shard` and `parallel.dp_replicate`; their product is the number of GPUs",

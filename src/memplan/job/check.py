@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+from memplan.job.fields import job_fields
 from memplan.job.problems import listed
 from memplan.job.spec import Job
 from memplan.units import parse_bytes
@@ -32,10 +33,16 @@ def check_job(job: Job) -> list[Conflict]:
     checks = (
         _check_degrees,
         _check_strategy,
+        _check_offload,
         _check_npt_layers,
+        _check_npt_objective,
+        _check_npt_samples,
+        _check_npt_target,
         _check_lora,
+        _check_special_tokens,
         _check_allocator,
         _check_margin,
+        _check_schedule,
     )
     return [conflict for check in checks for conflict in check(job)]
 
@@ -51,19 +58,37 @@ def notes_on(job: Job, given: Collection[str]) -> tuple[str, ...]:
     sections = {"lora": ("lora", "qlora"), "quantization": ("qlora",), "npt": ("npt",)}
     for section, methods in sections.items():
         idle = [name for name in given if name.startswith(f"{section}.")]
+        if section == "quantization" and job.has_4bit_base:
+            peft_only = "quantization.kbit_preparation"
+            idle = [peft_only] if job.method != "qlora" and peft_only in idle else []
         if idle and job.method not in methods:
             has = "has" if len(idle) == 1 else "have"
             notes.append(
                 f"{listed(idle, 'and')} {has} no effect with `method: {job.method}`; "
                 f"only {listed(methods, 'and')} {'uses' if len(methods) == 1 else 'use'} `{section}`"
             )
+    if job.method == "npt" and job.npt.samples and job.data.eval is None and "npt.samples" in given:
+        notes.append("`npt.samples` has no effect without `data.eval`")
+    ends = job.npt.objective == "end_to_end"
+    names = ("npt.stream", "npt.curriculum_steps") if ends else ("npt.logits_weight", "npt.temperature")
+    idle = [name for name in names if name in given]
+    if job.method == "npt" and idle:
+        has = "has" if len(idle) == 1 else "have"
+        notes.append(f"{listed(idle, 'and')} {has} no effect with `npt.objective: {job.npt.objective}`")
+    uses = {"diag": "npt.modulation_scale", "outer": "npt.components"}.get(job.npt.variant)
+    for name in ("npt.components", "npt.modulation_scale"):
+        if job.method == "npt" and name != uses and name in given:
+            notes.append(f"`{name}` has no effect with `npt.variant: {job.npt.variant}`")
     if job.autocast == job.dtype:
         notes.append(f"`autocast: {job.autocast}` changes nothing: the weights are {job.dtype} already")
+    if job.attention_kernel != "auto" and job.attention != "sdpa":
+        notes.append(f"`attention_kernel` has no effect with `attention: {job.attention}`")
     if job.activation_offload and job.activation_checkpointing == "none":
         notes.append("`activation_offload` has no effect without `activation_checkpointing`")
-    if job.train.warmup_steps >= job.train.max_steps and job.train.warmup_steps > 0:
+    has_steps = job.train.epochs is None
+    if has_steps and job.train.num_warmup_steps >= job.train.max_steps and job.train.num_warmup_steps > 0:
         notes.append(
-            f"`train.warmup_steps` {job.train.warmup_steps} is not below `train.max_steps` "
+            f"`train.warmup_steps` {job.train.num_warmup_steps} is not below `train.max_steps` "
             f"{job.train.max_steps}: the learning rate never reaches its peak"
         )
     return tuple(notes)
@@ -112,6 +137,16 @@ def _check_strategy(job: Job) -> Iterator[Conflict]:
             )
 
 
+def _check_offload(job: Job) -> Iterator[Conflict]:
+    strategy = job.parallel.strategy
+    if job.offload.params and strategy in ("ZERO_1", "ZERO_2"):
+        yield Conflict(
+            ("offload.params", "parallel.strategy"),
+            f"`offload.params` has nothing to fetch with `{strategy}`, which keeps whole weights on every GPU",
+            "set `offload.optimizer: true` in its place, or `parallel.strategy: ZERO_3`",
+        )
+
+
 def _check_npt_layers(job: Job) -> Iterator[Conflict]:
     layers = job.npt.layers
     if isinstance(layers, str):
@@ -129,6 +164,56 @@ def _check_npt_layers(job: Job) -> Iterator[Conflict]:
         yield Conflict(("npt.layers",), f"`npt.layers` {reason}", hint)
 
 
+def _check_npt_target(job: Job) -> Iterator[Conflict]:
+    if job.method == "npt" and job.npt.target == "all" and job.npt.variant == "diag":
+        yield Conflict(
+            ("npt.target", "npt.variant"),
+            "`npt.variant: diag` reads attention outputs by the matrix that reads the layer's input, which must be of "
+            "their size: that is so of the MLP's input matrices only",
+            "set `npt.variant: linear`, or `npt.target: gate_up`",
+        )
+
+
+def _check_npt_samples(job: Job) -> Iterator[Conflict]:
+    npt = job.npt
+    if job.method == "npt" and npt.samples and npt.sample_tokens >= job.max_seq_len:
+        yield Conflict(
+            ("npt.sample_tokens", "max_seq_len"),
+            f"`npt.sample_tokens` is {npt.sample_tokens}, and a prompt and its continuation have `max_seq_len` "
+            f"{job.max_seq_len} tokens at most",
+            f"set `npt.sample_tokens: {max(1, job.max_seq_len // 2)}`",
+        )
+
+
+def _check_npt_objective(job: Job) -> Iterator[Conflict]:
+    if job.method != "npt" or job.npt.objective != "end_to_end":
+        return
+    if job.npt.logits_weight > 1:
+        yield Conflict(
+            ("npt.logits_weight",),
+            f"`npt.logits_weight` is {job.npt.logits_weight:g}, and a share is 1 at most",
+            "set a number from 0 to 1",
+        )
+    if job.npt.logits_weight and job.has_4bit_base and "lm_head" not in job.quantization.skip:
+        yield Conflict(
+            ("npt.logits_weight", "quantization.skip"),
+            "`npt.logits_weight` needs the head's weight, which is stored in 4 bits",
+            "keep `lm_head` in `quantization.skip`, or set `npt.logits_weight: 0`",
+        )
+    if job.parallel.strategy != "NO_SHARD" or job.offload.params:
+        yield Conflict(
+            ("npt.objective", "parallel.strategy"),
+            "`npt.objective: end_to_end` runs on whole models only",
+            "set `parallel.strategy: NO_SHARD` without `offload.params`, or `npt.objective: layer`",
+        )
+    if job.activation_checkpointing != "none":
+        yield Conflict(
+            ("npt.objective", "activation_checkpointing"),
+            "`npt.objective: end_to_end` runs without activation checkpointing only",
+            "set `activation_checkpointing: none`, or `npt.objective: layer`, which holds one block at a time",
+        )
+
+
 def _check_lora(job: Job) -> Iterator[Conflict]:
     modules = job.lora.target_modules
     if isinstance(modules, str):
@@ -144,6 +229,38 @@ def _check_lora(job: Job) -> Iterator[Conflict]:
         yield Conflict(("lora.target_modules",), f"`lora.target_modules` {reason}", hint)
 
 
+def _check_special_tokens(job: Job) -> Iterator[Conflict]:
+    tokens = job.data.special_tokens
+    if len(set(tokens)) < len(tokens):
+        repeated = next(token for token in tokens if tokens.count(token) > 1)
+        yield Conflict(
+            ("data.special_tokens",),
+            f"`data.special_tokens` names `{repeated}` twice",
+            "name each token once",
+        )
+    if tokens and job.method == "npt":
+        yield Conflict(
+            ("data.special_tokens", "method"),
+            "`data.special_tokens` would stay without a meaning: `method: npt` trains no embeddings",
+            "leave them out, or set `method: lora` or `full`",
+        )
+    if not job.trained_tokens:
+        return
+    modules = job.lora.target_modules
+    if not isinstance(modules, str) and any(module.split(".")[-1] == "lm_head" for module in modules):
+        yield Conflict(
+            ("lora.target_modules", "data.special_tokens"),
+            "`lm_head` cannot have an adapter and rows of `data.special_tokens` that train",
+            "take `lm_head` out of `lora.target_modules`, or set `lora.train_tokens: false`",
+        )
+    if job.method == "qlora" and "lm_head" not in job.quantization.skip:
+        yield Conflict(
+            ("quantization.skip", "data.special_tokens"),
+            "rows of `data.special_tokens` cannot train in a head of 4 bits",
+            "put `lm_head` into `quantization.skip`, or set `lora.train_tokens: false`",
+        )
+
+
 def _check_allocator(job: Job) -> Iterator[Conflict]:
     divisions = job.allocator.roundup_power2_divisions
     if divisions is not None and divisions & (divisions - 1):
@@ -151,6 +268,36 @@ def _check_allocator(job: Job) -> Iterator[Conflict]:
             ("allocator.roundup_power2_divisions",),
             f"`allocator.roundup_power2_divisions` is {divisions}, which is no power of two",
             "use 1, 2, 4, 8 or 16",
+        )
+
+
+def _check_schedule(job: Job) -> Iterator[Conflict]:
+    train = job.train
+    if train.epochs is not None and train.max_steps != job_fields()["train.max_steps"].default:
+        yield Conflict(
+            ("train.epochs", "train.max_steps"),
+            "`train.epochs` and `train.max_steps` both say how long the run is",
+            "leave one of them out",
+        )
+    if train.warmup_ratio is not None and train.warmup_steps:
+        yield Conflict(
+            ("train.warmup_steps", "train.warmup_ratio"),
+            "`train.warmup_steps` and `train.warmup_ratio` both say how long the warm-up is",
+            "leave one of them out",
+        )
+    if job.data.eval is None and (train.eval_every is not None or train.early_stopping is not None):
+        field = "train.eval_every" if train.eval_every is not None else "train.early_stopping"
+        yield Conflict(
+            (field, "data.eval"),
+            f"`{field}` is set, and there is nothing to evaluate on",
+            "name the data with `data.eval`, or leave it out",
+        )
+    if train.min_learning_rate > train.learning_rate:
+        yield Conflict(
+            ("train.min_learning_rate", "train.learning_rate"),
+            f"`train.min_learning_rate` {train.min_learning_rate:g} is above `train.learning_rate` "
+            f"{train.learning_rate:g}",
+            "set it below the peak",
         )
 
 

@@ -15,14 +15,12 @@ from memplan.errors import JobError
 from memplan.job.aliases import Not, translate
 from memplan.job.check import check_job, notes_on
 from memplan.job.coerce import coerce
+from memplan.job.data_names import BUILT_IN_DATA, PATH_FIELDS
 from memplan.job.fields import job_fields, job_sections
 from memplan.job.parse import Block, parse, parse_yaml
 from memplan.job.problems import Invalid, Problem, raise_problems, shorten
 from memplan.job.source import expand_user, read_source
 from memplan.job.spec import Job
-
-BUILT_IN_DATA = "memplan-docs"
-"""The data that comes with memplan; a name, not a path."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class _Reader:
         """Data paths typed on the command line are relative to where they were typed, if they exist there."""
         if base_dir == Path.cwd():
             return
-        for field in ("data.train", "data.eval"):
+        for field in PATH_FIELDS:
             text = self.values.get(field)
             if field in self._anchored and text not in (None, BUILT_IN_DATA) and Path(text).exists():
                 self.values[field] = str(Path(text).absolute())

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from memplan.errors import JobError
+from memplan.job.data_names import BUILT_IN_DATA, PATH_FIELDS, is_hub_dataset
 from memplan.job.fields import field_value, job_fields
-from memplan.job.load import BUILT_IN_DATA
 from memplan.job.spec import Job
 
 _ALWAYS = ("model", "method", "micro_batch_size", "gradient_accumulation_steps", "max_seq_len")
@@ -138,8 +138,10 @@ def _quoted(text: str) -> str:
 
 def _moved(job: Job, old: Path, new: Path) -> Job:
     changes: dict[str, Any] = {}
-    for name in ("data.train", "data.eval"):
+    for name in PATH_FIELDS:
         text = field_value(job, name)
-        if text not in (None, BUILT_IN_DATA) and not text.startswith("~") and not Path(text).is_absolute():
+        if text in (None, BUILT_IN_DATA) or text.startswith("~") or Path(text).is_absolute():
+            continue
+        if not is_hub_dataset(text, old / text):
             changes[name] = os.path.relpath(old / text, new)
     return job.replace(**changes) if changes and old.absolute() != new else job

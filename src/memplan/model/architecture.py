@@ -17,7 +17,7 @@ class Parameter:
     """e.g. `model.layers.0.self_attn.q_proj.weight`"""
     shape: tuple[int, ...]
     role: str
-    """`linear` (the weight of a linear layer), `bias`, `norm`, `embedding`, `head`"""
+    """`linear` (the weight of a linear layer), `bias`, `norm`, `embedding`, `head`, `router`, `experts`"""
     layer: int | None
     """Index of the block it belongs to; None outside the blocks."""
 
@@ -65,16 +65,16 @@ class Buffer:
 @dataclass(frozen=True)
 class Architecture:
     """
-    A decoder-only transformer, in the words of `config.json`.
+    A decoder-only transformer, or an encoder, in the words of `config.json`.
 
-    `family` names the program that the shape writer runs: `llama` covers Llama and Mistral, `qwen2` adds
-    biases to q, k and v, `qwen3` adds norms on q and k, `gpt2` is GPT-2.
+    `family` names the layout and the program: the `model_type` of its config, except that `llama` covers Mistral too.
     """
 
     name: str
     family: str
     hidden_size: int
     intermediate_size: int
+    """Width of the MLP; of one expert where there are experts."""
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -92,7 +92,43 @@ class Architecture:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     embedding_dropout: float = 0.0
+    num_experts: int = 0
+    """0: an MLP in every block."""
+    experts_per_token: int = 0
+    parallel_residual: bool = False
+    """Attention and MLP both read the block's input, and their outputs are added to it together."""
+    separate_norms: bool = False
+    """A norm each in front of attention and MLP that run side by side; else they share one."""
+    grouped_projection: bool = False
+    """The fused projection holds, for each key head, its queries, it and its value (Falcon 40B)."""
+    normalized_routing: bool = False
+    """The weights of the chosen experts are divided by their sum (Mixtral always does)."""
     source: str = ""
     """Where the numbers come from: a file, a catalogue entry and its source."""
     layer_types: tuple[str, ...] = ()
-    """`full_attention` or `sliding_attention` of each block where they differ; empty when all are alike."""
+    """
+    `full_attention` or `sliding_attention` of each block; empty where all are alike: all slide if there is a window.
+    """
+    rotary_dim: int | None = None
+    """Channels of each head that rotary embeddings turn; None for all."""
+    attn_logit_softcapping: float | None = None
+    """c of `c * tanh(scores / c)`, before the mask; None for none."""
+    final_logit_softcapping: float | None = None
+    """The same of the logits."""
+    clip_qkv: float | None = None
+    """Bound on queries, keys and values; None for none."""
+    tokenizer_size: int | None = None
+    """Tokens that its tokenizer has before any are added; None: as many as there are embeddings."""
+    is_encoder: bool = False
+    """Every token sees all others, and masked ones are predicted from where they stand."""
+    type_vocab_size: int = 0
+    """Kinds of tokens, such as those of a first and a second sentence, that have an embedding each."""
+    is_resized: bool = False
+    """`vocab_size` counts the rows for added tokens already."""
+
+    @property
+    def attention_kinds(self) -> tuple[str, ...]:
+        """The kinds of attention that occur, sorted."""
+        if self.layer_types:
+            return tuple(sorted(set(self.layer_types)))
+        return ("full_attention" if self.sliding_window is None else "sliding_attention",)

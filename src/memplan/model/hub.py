@@ -61,7 +61,7 @@ def fetch_config(hub_id: str) -> tuple[dict[str, Any], str]:
         reason = getattr(error, "reason", None) or error
         raise ModelError(
             f"The config.json of {hub_id} is not cached here, and {endpoint} cannot be reached: {reason}",
-            hint="Name a local config.json or folder, or run `memplan models` for those that need no network",
+            hint="Name a local config.json or folder",
         ) from None
     return _parse(content, address), address
 
