@@ -12,6 +12,18 @@ from torch.utils._pytree import tree_iter
 
 torch.set_num_threads(1)
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "diag": {},
+    "diag bias": {"bias": True},
+    "outer": {"variant": "outer"},
+    "outer sum": {"variant": "outer", "components": 3, "bias": True},
+    "gate and up": {"target": "gate_up", "bias": True},
+    "linear": {"variant": "linear", "bias": True},
+    "linear all": {"variant": "linear", "target": "all", "bias": True},
+    "outer all": {"variant": "outer", "target": "all", "components": 2},
+    "outer gate and up": {"target": "gate_up", "variant": "outer", "components": 2},
+}
+"""Fields of a job's `npt`."""
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 VOCAB_SIZE = 64
 
@@ -77,17 +89,17 @@ def token_ids(num_sequences: int = 2, num_tokens: int = 11, seed: int = 1) -> to
 
 
 def excite(blocks: Iterable[Any], std: float = 0.5) -> None:
-    """Give A and B values at which the modulation is far from zero and tanh from linear."""
+    """Give the trained tensors values at which the modulation is far from zero and tanh from linear."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for block in blocks:
-            for parameter in (block.np.A, block.np.B):
+            for parameter in block.np.parameters():
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
 
 
 def gradients(blocks: Iterable[Any]) -> torch.Tensor:
-    """All gradients of A and B as one vector."""
-    return torch.cat([p.grad.flatten() for block in blocks for p in (block.np.A, block.np.B)])
+    """All gradients of the trained tensors as one vector."""
+    return torch.cat([p.grad.flatten() for block in blocks for p in block.np.parameters()])
 
 
 class LiveStorages(TorchDispatchMode):

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from npt_models import excite, tiny, token_ids  # noqa: E402
+from npt_models import VARIANTS, excite, tiny, token_ids  # noqa: E402
 
 from memplan.errors import ModelError, RunError  # noqa: E402
 from memplan.job.spec import Npt  # noqa: E402
@@ -65,10 +65,26 @@ def test_the_file_holds_npt_tensors_and_their_origin_alone(saved):
         "hidden_size": 32,
         "intermediate_size": 48,
         "variant": "diag",
+        "target": "gate",
+        "bias": False,
         "rank": 5,
         "modulation_scale": 0.3,
         "layers": [1, 3],
     } == {key: json.loads(value) for key, value in metadata.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_comes_back(tmp_path, variant):
+    """The file alone says how to convert a fresh model, whose logits are then those of the saved one."""
+    npt = Npt(layers=(1, 3), rank=5, **VARIANTS[variant])
+    model, fresh = tiny(), tiny()
+    excite(convert(model, npt), std=0.3)
+    save_npt(model, tmp_path / "npt.safetensors")
+    assert npt == saved_npt(tmp_path / "npt.safetensors")
+    convert(fresh, saved_npt(tmp_path / "npt.safetensors"))
+    load_npt(fresh, tmp_path / "npt.safetensors")
+    with torch.no_grad():
+        assert torch.equal(model(token_ids()).logits, fresh(token_ids()).logits)
 
 
 def test_values_are_cast_to_the_model_s_dtype(saved):

@@ -90,6 +90,14 @@ def test_a_second_conversion_and_bad_layers_are_errors():
         convert(model, Npt(layers=(1,)))
 
 
+def test_gpt2_has_one_input_matrix():
+    """`target: gate_up` needs a gated MLP; the model stays as it was."""
+    model = tiny("gpt2")
+    with pytest.raises(JobError, match="one input matrix"):
+        convert(model, Npt(target="gate_up"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_cross_attention_is_refused():
     """A GPT-2 block with cross-attention has a third branch, which the formula does not know."""
     with pytest.raises(ModelError, match="cross-attention"):

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from npt_models import LiveStorages  # noqa: E402
+from npt_models import VARIANTS, LiveStorages  # noqa: E402
 
+from memplan.job.spec import Npt  # noqa: E402
+from memplan.npt.layers import modulator_shapes  # noqa: E402
 from memplan.npt.loss import EquivalenceLoss  # noqa: E402
-from memplan.npt.modulator import DiagonalModulator  # noqa: E402
+from memplan.npt.modulator import Modulator, make_modulator  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
+every_variant = pytest.mark.parametrize(
+    "npt", [Npt(rank=3, modulation_scale=0.5, **fields) for fields in VARIANTS.values()], ids=VARIANTS
+)
 
-def modulator(*, excited: bool = True, seed: int = 0) -> DiagonalModulator:
-    """d = 6, f = 10, r = 3 in float64; `excited` gives it a B and sizes at which tanh is not linear."""
+
+def modulator(npt: Npt, *, excited: bool = True, seed: int = 0) -> Modulator:
+    """d = 6, f = 10 in float64; `excited` gives it a B and sizes at which tanh is not linear."""
     generator = torch.Generator().manual_seed(seed)
-    made = DiagonalModulator(
-        6, 10, 3, 0.5, dtype=torch.float64, device=torch.device("cpu"), generator=generator
-    )
+    made = make_modulator(npt, 6, 10, dtype=torch.float64, device=torch.device("cpu"), generator=generator)
     if excited:
         with torch.no_grad():
-            made.A.mul_(3.0)
-            made.B.copy_(torch.randn(made.B.shape, generator=generator, dtype=torch.float64))
+            for parameter in made.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return made
 
 
@@ -34,49 +40,91 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return x.requires_grad_(), a.requires_grad_()
 
 
-def delta(made: DiagonalModulator, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def delta(made: Modulator, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return made.low_rank(x, made.encode(a)) @ made.B
 
 
-def test_delta_is_the_definition_token_by_token():
-    """delta(x, a) = x A diag(scale * tanh(a A)) B, and `weight_delta` is that matrix."""
-    made = modulator()
+def defined_delta(made: Modulator, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """delta_W^T (d, f) and delta_b (f,) of one token, as the formulas define them; zeros without a bias."""
+    bias = torch.zeros(made.A.shape[1], dtype=torch.float64) if made.bias is None else made.bias
+    rows = torch.cat([made.A, bias[None]])
+    if made.variant == "diag":
+        whole = rows @ torch.diag(0.5 * torch.tanh(a @ made.A)) @ made.B
+    elif made.variant == "linear":
+        whole = rows @ torch.diag(a @ made.C) @ made.B
+    else:
+        k = made.num_components
+        parts = zip(made.C.chunk(k, 1), rows.chunk(k, 1), made.B.chunk(k, 0))
+        whole = sum(torch.outer(A @ (a @ C), (a @ C) @ B) for C, A, B in parts)
+    return whole[:-1], whole[-1]
+
+
+@every_variant
+def test_delta_is_the_definition_token_by_token(npt):
+    """delta(x, a) = x delta_W^T + delta_b by the formulas; `weight_delta` and `bias_delta` are those."""
+    made = modulator(npt)
     x, a = inputs()
-    weights = made.weight_delta(made.encode(a), torch.float64)
+    code = made.encode(a)
+    weights, biases = made.weight_delta(code, torch.float64), made.bias_delta(code, torch.float64)
+    close = {"rtol": 1e-12, "atol": 1e-13}
     for token in [(0, 0), (1, 2)]:
-        expected = made.A @ torch.diag(0.5 * torch.tanh(a[token] @ made.A)) @ made.B
-        torch.testing.assert_close(weights[token], expected, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(delta(made, x, a)[token], x[token] @ expected, rtol=1e-12, atol=1e-14)
+        weight, bias = defined_delta(made, a[token])
+        torch.testing.assert_close(weights[token], weight, **close)
+        torch.testing.assert_close(delta(made, x, a)[token], x[token] @ weight + bias, **close)
+        assert (biases is None) == (made.bias is None)
+        if biases is not None:
+            torch.testing.assert_close(biases[token], bias, **close)
 
 
-def test_delta_is_odd_in_the_attention_output():
-    """delta(x, -a) = -delta(x, a), exactly; an even formula would pass every test of size alone."""
-    made = modulator()
+@every_variant
+def test_the_variants_are_odd_and_even_in_the_attention_output(npt):
+    """delta(x, -a) is exactly -delta(x, a) for diag and linear, and delta(x, a) for outer."""
+    made = modulator(npt)
     x, a = inputs()
-    assert torch.equal(delta(made, x, -a), -delta(made, x, a))
+    sign = 1.0 if npt.variant == "outer" else -1.0
+    assert torch.equal(delta(made, x, -a), sign * delta(made, x, a))
     assert delta(made, x, a).abs().max() > 0.1
 
 
-def test_delta_passes_gradcheck():
-    """Gradients by x, a, A and B agree with finite differences in float64."""
-    made = modulator()
+@every_variant
+def test_delta_passes_gradcheck(npt):
+    """Gradients by x, a and every trained tensor agree with finite differences in float64."""
+    made = modulator(npt)
     x, a = inputs()
-    assert torch.autograd.gradcheck(lambda x, a, *_: delta(made, x, a), (x, a, made.A, made.B))
+    trained = [made.A, made.B, *(p for p in (made.bias, getattr(made, "C", None)) if p is not None)]
+    assert torch.autograd.gradcheck(lambda x, a, *_: delta(made, x, a), (x, a, *trained))
 
 
-def test_squared_norm_is_that_of_the_matrix_and_passes_gradcheck():
-    """R_F by Gram matrices equals the Frobenius norm of the delta that it does not build."""
-    made = modulator()
+@every_variant
+def test_squared_norm_is_that_of_the_matrix_and_passes_gradcheck(npt):
+    """By Gram matrices: the squared Frobenius norm of the delta that is not built, for each component."""
+    made = modulator(npt)
     _, a = inputs()
-    m = made.encode(a)
-    expected = made.weight_delta(m, torch.float64).square().sum((-1, -2))
-    torch.testing.assert_close(made.squared_norm(m), expected, rtol=1e-12, atol=1e-14)
-    assert torch.autograd.gradcheck(lambda a, *_: made.squared_norm(made.encode(a)), (a, made.A, made.B))
+    code = made.encode(a)
+    if npt.variant == "outer":
+        z, A = code.unflatten(-1, (npt.components, -1)), made.A.unflatten(-1, (npt.components, -1))
+        left = torch.einsum("bskr,dkr->bskd", z, A)
+        right = torch.einsum("bskr,krf->bskf", z, made.B.unflatten(0, (npt.components, -1)))
+        expected = torch.einsum("bskd,bskf->bskdf", left, right).square().sum((-1, -2, -3))
+    else:
+        expected = made.weight_delta(code, torch.float64).square().sum((-1, -2))
+    torch.testing.assert_close(made.squared_norm(code), expected, rtol=1e-12, atol=1e-13)
+    trained = [p for p in (made.A, made.B, getattr(made, "C", None)) if p is not None]
+    assert torch.autograd.gradcheck(lambda a, *_: made.squared_norm(made.encode(a)), (a, *trained))
 
 
-def test_a_new_modulator_changes_nothing_yet_but_learns_at_once():
-    """B = 0 makes the first delta zero, and its gradient is not."""
-    made = modulator(excited=False)
+def test_the_norm_of_one_component_is_that_of_the_delta():
+    """With k = 1 the sum over components is the squared Frobenius norm of delta_W itself."""
+    made = modulator(Npt(rank=3, variant="outer"))
+    code = made.encode(inputs()[1])
+    expected = made.weight_delta(code, torch.float64).square().sum((-1, -2))
+    torch.testing.assert_close(made.squared_norm(code), expected, rtol=1e-12, atol=1e-13)
+
+
+@every_variant
+def test_a_new_modulator_changes_nothing_yet_but_learns_at_once(npt):
+    """`zero`: the first delta is zero, and the gradient of B is not."""
+    made = modulator(npt, excited=False)
     x, a = inputs()
     first = delta(made, x, a)
     assert 0.0 == first.abs().max().item()
@@ -84,15 +132,34 @@ def test_a_new_modulator_changes_nothing_yet_but_learns_at_once():
     assert made.B.grad.abs().max() > 1e-3
 
 
-def test_a_seed_fixes_the_values_and_leaves_the_global_generator_alone():
+@every_variant
+def test_small_initial_values_are_small_and_random(npt):
+    """`small`: B is random, and neither B nor what reads x is larger than a few hundredths."""
+    made = modulator(replace(npt, initialization="small"), excited=False)
+    assert 0.0 < made.B.abs().max() < 0.05
+    assert 0.0 < made.A.abs().max() < 0.05
+
+
+@every_variant
+def test_the_planner_knows_the_shapes(npt):
+    """`modulator_shapes` names every trained tensor, in the order of the module's parameters."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in modulator(npt).named_parameters()}
+    assert modulator_shapes(npt, 6, 10) == shapes
+    assert list(modulator_shapes(npt, 6, 10)) == list(shapes)
+    ungated = modulator_shapes(npt, 6, 10, is_gated=False)
+    assert not any(name.startswith("up.") for name in ungated) or npt.target == "gate_up"
+
+
+@every_variant
+def test_a_seed_fixes_the_values_and_leaves_the_global_generator_alone(npt):
     """Same seed, same A; another seed, another A; the caller's random numbers do not move."""
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    made = modulator(excited=False, seed=3)
+    made = modulator(npt, excited=False, seed=3)
     assert torch.equal(expected, torch.rand(1))
-    assert torch.equal(made.A, modulator(excited=False, seed=3).A)
-    assert not torch.equal(made.A, modulator(excited=False, seed=4).A)
+    assert torch.equal(made.A, modulator(npt, excited=False, seed=3).A)
+    assert not torch.equal(made.A, modulator(npt, excited=False, seed=4).A)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -7,6 +7,9 @@ token.
 * `block.py`       the converted block: its three modes, and the order of allocations of local training
 * `loss.py`        the equivalence loss
 * `conversion.py`  a transformers model into one with NPT blocks; modes and metrics of its blocks
+* `curriculum.py`  whose hidden states blocks train on, step by step (no torch)
+* `distillation.py`  end-to-end equivalence: the loss on last hidden states
+* `divergence.py`  the loss on predictions, a few tokens at a time
 * `checkpoint.py`  the NPT tensors to a file and back
 
 The names below are loaded on first use, so that importing this package imports no torch.
@@ -23,11 +26,13 @@ if TYPE_CHECKING:
     from memplan.npt.block import NptBlock
     from memplan.npt.checkpoint import load_npt, save_npt, saved_npt
     from memplan.npt.conversion import LocalMetrics, convert, local_loss, npt_blocks, read_metrics, set_mode
+    from memplan.npt.distillation import end_to_end
 
 __all__ = [
     "LocalMetrics",
     "NptBlock",
     "convert",
+    "end_to_end",
     "layer_indices",
     "load_npt",
     "local_loss",
@@ -40,6 +45,7 @@ __all__ = [
 
 _MODULES = {
     "NptBlock": "block",
+    "end_to_end": "distillation",
     "load_npt": "checkpoint",
     "save_npt": "checkpoint",
     "saved_npt": "checkpoint",

@@ -7,9 +7,9 @@ residual.
     x   = LN2(h + a)                          x   = LN2(h)
     out = h + a + MLP(x)                      out = h + MLP'(x, a)
 
-MLP' adds delta(x, a) to what the MLP's first matrix gives (see `modulator`). Weights, norms, attention and
-hooks are those of the original block: conversion swaps the block's class and adds the parameters `np.A` and
-`np.B`.
+MLP' adds delta(x, a) to what the MLP's first matrix gives (see `modulator`), or both input matrices of a gated
+MLP. Weights, norms, attention and hooks are those of the original block: conversion swaps the block's class and
+adds the module `np`.
 
 Modes of a block: `npt` (above), `base` (the original, bit for bit), and `local`: layer-wise equivalence
 training, where the block computes both MLP branches from one attention output, compares them, and runs its
@@ -17,8 +17,10 @@ backward pass before it returns. No gradient passes through attention or between
 graph is ever alive.
 
 Letters: B sequences, S tokens each, N = B * S, d hidden size, f intermediate size, r rank; c is the dtype in
-which the base computes. `local` allocates in this order, form `factored`; [ ] is a no-op where c is float32.
-"saved" is what autograd keeps; everything else is freed after its last use below.
+which the base computes. `local` allocates in this order, form `factored`, variant `diag`; [ ] is a no-op where
+c is float32. Variants `linear` and `outer` have z [in float32] for m, `outer` c and u for u; every further matrix
+repeats z to R_F, and v to pre at its place. "saved" is what autograd keeps; everything else is freed after its last
+use below.
 
     teacher, no graph
       a            LN1(h), the attention                                            N d       c
@@ -71,7 +73,7 @@ from torch import nn
 
 from memplan.errors import RunError
 from memplan.npt.loss import EquivalenceLoss, mean_square
-from memplan.npt.modulator import DiagonalModulator
+from memplan.npt.modulator import Modulator
 
 
 @dataclass
@@ -89,6 +91,8 @@ class Controls:
     backward: str = "now"
     """`now` (inside the forward pass), `later` (the caller's, on `local_loss`), or `never` (evaluation)"""
     loss_scale: float | torch.Tensor = 1.0
+    measure: bool = False
+    """In `npt` mode: whether blocks keep the mean norm of their deltas, with its graph."""
     padding: torch.Tensor | None = None
     """(B, S) bool, True for tokens that do not count; None when all count."""
     num_tokens: torch.Tensor | None = None
@@ -108,15 +112,16 @@ class NptBlock(nn.Module):
     """
     What conversion puts before a block's own class. `convert` sets the attributes; there is no constructor.
 
-    A family says in four methods where its attention, its second norm and the ends of its MLP are. They call
+    A family says in three methods where its attention, its second norm and its MLP are. They call
     modules, never use their weights, so that biases, Conv1D layout, 4-bit weights and adapters keep working.
     """
 
-    np: DiagonalModulator
+    np: Modulator
     npt_layer: int
     npt_controls: Controls
     npt_metrics: BlockMetrics | None
     npt_loss: torch.Tensor | None
+    npt_norm: torch.Tensor | None
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -136,22 +141,35 @@ class NptBlock(nn.Module):
             return self._forward_local(hidden_states, *args, **kwargs)
         a = self._attention(hidden_states, *args, **kwargs)
         x = self._mlp_norm(hidden_states)
-        return hidden_states + self._student_mlp(x, self.np.encode(a))
+        codes = self._encode(a)
+        self.npt_norm = self._mean_norm(codes) if self.npt_controls.measure else None
+        return hidden_states + self._student_mlp(x, codes)
 
-    def _student_mlp(self, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-        """MLP'(x, a), (B, S, d), of LN2(h) (B, S, d) and m(a) (B, S, r)."""
-        return self._mlp_out(self._pre_activation(x, m), x)
+    def _last(self, layer: nn.Module, x: torch.Tensor, codes: list[torch.Tensor]) -> torch.Tensor:
+        """The MLP's last matrix, with its delta where it has one, of (B, S, f)."""
+        return layer(x) if self.np.down is None else self._modulated(layer, x, self.np.down, codes[-1])
 
-    def _pre_activation(self, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-        """First matrix of the MLP plus its delta, (B, S, f)."""
-        gate = self._mlp_in(x)
+    def _encode(self, a: torch.Tensor) -> list[torch.Tensor]:
+        """The codes (B, S, R) of attention outputs (B, S, d), one for each modulated matrix."""
+        return [modulator.encode(a) for modulator in self._modulators]
+
+    @property
+    def _modulators(self) -> list[Modulator]:
+        return [made for made in (self.np, self.np.up, self.np.down) if made is not None]
+
+    def _modulated(
+        self, layer: nn.Module, x: torch.Tensor, modulator: Modulator, code: torch.Tensor
+    ) -> torch.Tensor:
+        """layer(x) + delta(x, a), (B, S, f)."""
+        out = layer(x)
         if self.npt_controls.form == "materialised":
-            delta_weight = self.np.weight_delta(m, gate.dtype)
-            delta = x.to(gate.dtype).unsqueeze(-2) @ delta_weight
-            return gate + delta.squeeze(-2)
-        u = self.np.low_rank(x, m).to(gate.dtype)
-        B = self.np.B.to(gate.dtype)
-        return torch.addmm(gate.flatten(0, -2), u.flatten(0, -2), B).view_as(gate)
+            delta_weight = modulator.weight_delta(code, out.dtype)
+            delta = (x.to(out.dtype).unsqueeze(-2) @ delta_weight).squeeze(-2)
+            delta_bias = modulator.bias_delta(code, out.dtype)
+            return out + delta if delta_bias is None else out + delta + delta_bias
+        u = modulator.low_rank(x, code).to(out.dtype)
+        B = modulator.B.to(out.dtype)
+        return torch.addmm(out.flatten(0, -2), u.flatten(0, -2), B).view_as(out)
 
     @torch.no_grad()
     def _teacher(
@@ -185,12 +203,9 @@ class NptBlock(nn.Module):
 
         a, x, target, out = self._teacher(h, *args, **kwargs)
         with torch.set_grad_enabled(controls.backward != "never"):
-            m = self.np.encode(a)
-            token_norms = self.np.squared_norm(m)
-            if padding is not None:
-                token_norms = token_norms.masked_fill(padding, 0.0)
-            delta_norm = token_norms.sum() / num_tokens
-            y = self._student_mlp(x, m)
+            codes = self._encode(a)
+            delta_norm = self._mean_norm(codes)
+            y = self._student_mlp(x, codes)
             if padding is not None:
                 target.masked_fill_(padding.unsqueeze(-1), 0.0)
             equivalence = EquivalenceLoss.apply(y, target, padding, num_elements)
@@ -207,6 +222,22 @@ class NptBlock(nn.Module):
                 scaled_loss.backward()
         return out
 
+    def _mean_norm(self, codes: list[torch.Tensor]) -> torch.Tensor:
+        """Mean over the tokens that count of the squared Frobenius norms of their weight deltas, a scalar."""
+        token_norms = self._squared_norms(codes)
+        padding, num_tokens = self.npt_controls.padding, self.npt_controls.num_tokens
+        if padding is not None:
+            token_norms = token_norms.masked_fill(padding, 0.0)
+        return token_norms.sum() / (token_norms.numel() if num_tokens is None else num_tokens)
+
+    def _squared_norms(self, codes: list[torch.Tensor]) -> torch.Tensor:
+        """Squared Frobenius norms of every token's weight deltas, (B, S)."""
+        norms = [modulator.squared_norm(code) for modulator, code in zip(self._modulators, codes)]
+        total = norms[0]
+        for norm in norms[1:]:
+            total = total + norm
+        return total
+
     def _attention(self, h: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attn(LN1(h)), (B, S, d), from the arguments of the block's forward."""
         raise NotImplementedError
@@ -215,12 +246,8 @@ class NptBlock(nn.Module):
         """LN2, (B, S, d)."""
         raise NotImplementedError
 
-    def _mlp_in(self, x: torch.Tensor) -> torch.Tensor:
-        """First matrix of the MLP, (B, S, f)."""
-        raise NotImplementedError
-
-    def _mlp_out(self, pre: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The MLP after its first matrix: (B, S, f) and x (B, S, d) to (B, S, d)."""
+    def _student_mlp(self, x: torch.Tensor, codes: list[torch.Tensor]) -> torch.Tensor:
+        """MLP'(x, a), (B, S, d), of LN2(h) (B, S, d) and the codes of a."""
         raise NotImplementedError
 
 
@@ -240,11 +267,16 @@ class GatedBlock(NptBlock):
     def _mlp_norm(self, h: torch.Tensor) -> torch.Tensor:
         return self.post_attention_layernorm(h)
 
-    def _mlp_in(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp.gate_proj(x)
+    def _student_mlp(self, x: torch.Tensor, codes: list[torch.Tensor]) -> torch.Tensor:
+        mlp = self.mlp
+        pre = self._modulated(mlp.gate_proj, x, self.np, codes[0])
+        # No name for the two factors: autograd keeps the one that it needs.
+        return self._last(mlp.down_proj, mlp.act_fn(pre) * self._up(x, codes), codes)
 
-    def _mlp_out(self, pre: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp.down_proj(self.mlp.act_fn(pre) * self.mlp.up_proj(x))
+    def _up(self, x: torch.Tensor, codes: list[torch.Tensor]) -> torch.Tensor:
+        if self.np.up is None:
+            return self.mlp.up_proj(x)
+        return self._modulated(self.mlp.up_proj, x, self.np.up, codes[1])
 
 
 class Gpt2Block(NptBlock):
@@ -265,8 +297,6 @@ class Gpt2Block(NptBlock):
     def _mlp_norm(self, h: torch.Tensor) -> torch.Tensor:
         return self.ln_2(h)
 
-    def _mlp_in(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp.c_fc(x)
-
-    def _mlp_out(self, pre: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp.dropout(self.mlp.c_proj(self.mlp.act(pre)))
+    def _student_mlp(self, x: torch.Tensor, codes: list[torch.Tensor]) -> torch.Tensor:
+        pre = self._modulated(self.mlp.c_fc, x, self.np, codes[0])
+        return self.mlp.dropout(self._last(self.mlp.c_proj, self.mlp.act(pre), codes))

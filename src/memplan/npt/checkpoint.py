@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ _BASE_FIELDS = ("model_type", "hidden_size", "intermediate_size")
 
 def save_npt(model: nn.Module, path: str | Path) -> None:
     """
-    Write A and B of every converted block, as `layers.<index>.A` and `.B`, with what they belong to as
+    Write the trained tensors of every converted block, as `layers.<index>.A` and so on, with what they belong to as
     metadata.
 
     Raises `RunError` where the model has no NPT blocks or the file cannot be written.
@@ -81,7 +82,8 @@ def load_npt(model: nn.Module, path: str | Path) -> None:
 def saved_npt(path: str | Path) -> Npt:
     """What to `convert` a fresh base model with, so that `load_npt` fits; other settings are defaults."""
     found, _ = _read(Path(path))
-    return Npt(layers=tuple(found["layers"]), rank=found["rank"], modulation_scale=found["modulation_scale"])
+    settings = {field.name: found[field.name] for field in fields(Npt) if field.name in found}
+    return Npt(**settings | {"layers": tuple(found["layers"])})
 
 
 def _tensors(blocks: list[NptBlock]) -> dict[str, torch.Tensor]:
@@ -98,15 +100,12 @@ def _describe(model: nn.Module, blocks: list[NptBlock]) -> dict[str, Any]:
     if not blocks:
         raise RunError(f"{type(model).__name__} has no NPT blocks", hint="convert the model first")
     modulator = blocks[0].np
-    hidden_size, rank = modulator.A.shape
     configs = (module.config for module in model.modules() if hasattr(module, "config"))
     return {
         "model_type": next(configs).model_type,
-        "hidden_size": hidden_size,
+        "hidden_size": modulator.A.shape[0],
         "intermediate_size": modulator.B.shape[1],
-        "variant": modulator.variant,
-        "rank": rank,
-        "modulation_scale": modulator.scale,
+        **modulator.settings(),
         "layers": [block.npt_layer for block in blocks],
     }
 

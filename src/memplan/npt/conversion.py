@@ -12,8 +12,8 @@ from torch import nn
 from memplan.errors import ModelError, RunError, UnknownModel
 from memplan.job.spec import Npt
 from memplan.npt.block import Controls, GatedBlock, Gpt2Block, NptBlock
-from memplan.npt.layers import layer_indices
-from memplan.npt.modulator import DiagonalModulator
+from memplan.npt.layers import check_target, layer_indices
+from memplan.npt.modulator import make_modulator
 
 # By exact class, not by the names of submodules: Gemma, Granite and OLMo use those for other formulas.
 _FAMILIES: dict[str, type[NptBlock]] = {
@@ -46,9 +46,10 @@ def convert(
     """
     Make the chosen blocks of `model` NPT blocks in place, and return them in order.
 
-    Afterwards only their parameters `np.A` (d, r) and `np.B` (r, f) require gradients. They are of `dtype`
-    whatever the base's dtype, and are cast to it for compute. `seed` makes their values reproducible without
-    touching the global generator. Wrappers around the model and hooks on its blocks stay in place.
+    Afterwards only the parameters of their modulators (`np.A`, `np.B` ...; see `modulator`) require gradients.
+    They are of `dtype` whatever the base's dtype, and are cast to it for compute. `seed` makes their values
+    reproducible without touching the global generator. Wrappers around the model and hooks on its blocks stay in
+    place.
 
     Raises `JobError` for a bad `npt.layers`, `UnknownModel` where no formula is known for the model's blocks,
     and `ModelError` for blocks that are converted already or whose forward has been replaced.
@@ -61,6 +62,7 @@ def convert(
     chosen = layer_indices(npt.layers, len(blocks))
     for index in chosen:
         _check_convertible(blocks[index], index)
+        check_target(npt, is_gated=hasattr(blocks[index].mlp, "up_proj"))
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -69,19 +71,20 @@ def convert(
     for index in chosen:
         block = blocks[index]
         hidden_size, intermediate_size, device = _mlp_shape(block)
-        block.np = DiagonalModulator(
+        block.np = make_modulator(
+            npt,
             hidden_size,
             intermediate_size,
-            npt.rank,
-            npt.modulation_scale,
             dtype=dtype,
             device=device,
             generator=generator,
+            is_gated=hasattr(block.mlp, "up_proj"),
         )
         block.npt_layer = index
         block.npt_controls = controls
         block.npt_metrics = None
         block.npt_loss = None
+        block.npt_norm = None
         block.__class__ = _npt_class(type(block))
         # accelerate's hooks keep the bound method of the old class and call that.
         if "_old_forward" in vars(block):
@@ -101,6 +104,7 @@ def set_mode(
     stream: Literal["teacher", "student"] = "teacher",
     backward: Literal["now", "later", "never"] = "now",
     loss_scale: float | torch.Tensor = 1.0,
+    measure: bool = False,
     token_mask: torch.Tensor | None = None,
 ) -> None:
     """
@@ -110,6 +114,7 @@ def set_mode(
     is what a block hands to the next one. `backward="now"` adds gradients of loss_scale * total to the
     parameters while the forward pass runs, under `torch.no_grad` too, which spares unconverted blocks their
     graph; with `later` the caller runs backward on `local_loss`; with `never` blocks only measure.
+    In `npt` mode blocks keep the mean norm of their deltas if they are to `measure`: `npt_norm`, with its graph.
     `token_mask` (B, S), nonzero where a token counts, is that of the next batch: call this before every batch
     that has padding. Without it every token counts.
 
@@ -132,6 +137,7 @@ def set_mode(
     controls.stream = stream
     controls.backward = backward
     controls.loss_scale = loss_scale
+    controls.measure = measure
     controls.padding = controls.num_tokens = None
     if token_mask is not None:
         controls.padding = token_mask.to(blocks[0].np.A.device) == 0

@@ -1,10 +1,11 @@
-"""Which blocks of a model become NPT blocks. No torch here: the planner asks the same question."""
+"""Which blocks of a model become NPT blocks, and what they get. No torch: the planner asks the same questions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from memplan.errors import JobError
+from memplan.job.spec import Npt
 
 
 def layer_indices(layers: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -43,3 +44,44 @@ def layer_indices(layers: str | Sequence[int], num_layers: int) -> tuple[int, ..
     if repeated:
         raise JobError(f"npt.layers names block {repeated[0]} more than once", hint="name every block once")
     return chosen
+
+
+def modulator_shapes(
+    npt: Npt, hidden_size: int, intermediate_size: int, *, is_gated: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """
+    Trained tensors of one converted block by name, in the order of the module's parameters. `is_gated`: the MLP has two
+    input matrices.
+
+    >>> modulator_shapes(Npt(variant="outer", rank=8, components=2, bias=True), 32, 48)
+    {'bias': (16,), 'A': (32, 16), 'B': (16, 48), 'C': (32, 16)}
+    """
+    shapes = _weight_shapes(npt, hidden_size, hidden_size, intermediate_size)
+    made = dict(shapes)
+    if npt.target == "gate_up" or (npt.target == "all" and is_gated):
+        made |= {f"up.{name}": shape for name, shape in shapes.items()}
+    if npt.target == "all":
+        down = _weight_shapes(npt, hidden_size, intermediate_size, hidden_size)
+        made |= {f"down.{name}": shape for name, shape in down.items()}
+    return made
+
+
+def _weight_shapes(
+    npt: Npt, hidden_size: int, in_features: int, out_features: int
+) -> dict[str, tuple[int, ...]]:
+    """Of the delta of one matrix."""
+    features = npt.rank * (npt.components if npt.variant == "outer" else 1)
+    shapes: dict[str, tuple[int, ...]] = {"bias": (features,)} if npt.bias else {}
+    shapes |= {"A": (in_features, features), "B": (features, out_features)}
+    if npt.variant != "diag":
+        shapes["C"] = (hidden_size, features)
+    return shapes
+
+
+def check_target(npt: Npt, *, is_gated: bool) -> None:
+    """Raises `JobError` where `npt.target` names a matrix that the MLPs of the model do not have."""
+    if npt.target == "gate_up" and not is_gated:
+        raise JobError(
+            "npt.target is gate_up, but the MLPs of this model have one input matrix",
+            hint="use --set npt.target=gate, which modulates it",
+        )
