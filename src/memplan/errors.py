@@ -8,7 +8,10 @@ Every error that a person sees, in one tree.
   + GpuError           no such GPU in the catalogue, or a size we cannot read     exit code 2
   + NoLiveGpu          a live reading was asked for and none can be had           exit code 3
   + DataError          the training data is missing, empty or unreadable          exit code 2
+  + SnapshotError      a memory snapshot cannot be read or written                exit code 2
+  + TraceError         the job cannot be run on meta tensors                      exit code 3
   + RunError           training could not start, continue or save                 exit code 2
+  + MemoryBudgetError  a run that does not fit was to be stopped                  exit code 1
 
 A message is one sentence that says what is wrong, with the value and the limit. `hint` says what to do about
 it: a command or a field to change. Only the command line prints them.
@@ -56,5 +59,21 @@ class DataError(MemplanError):
     """The training data is missing, empty, or not in a format that can be read."""
 
 
+class TraceError(MemplanError):
+    """The job's real step cannot be followed with the software at hand."""
+
+    exit_code = 3
+
+
+class SnapshotError(MemplanError):
+    """A memory snapshot is none, is damaged or unsafe, or cannot be written where it should go."""
+
+
 class RunError(MemplanError):
     """Training could not start, continue or save."""
+
+
+class MemoryBudgetError(MemplanError):
+    """A run does not fit the memory at hand, and was to be stopped for that before its first step."""
+
+    exit_code = 1

@@ -11,6 +11,7 @@ from memplan.job.spec import Job
 from memplan.model.config import architecture_from_config
 from memplan.tape.writer import write_tape
 from memplan.train.build import build_model
+from memplan.train.data import MicroBatch
 from memplan.train.loop import Loop
 from memplan.train.optimizer import build_optimizer
 
@@ -23,16 +24,21 @@ class FixedBatches:
     """The same unpadded tokens in every micro batch, as `memplan.train.data.Batches` hands them out."""
 
     input_ids: torch.Tensor
+    packing: bool = False
 
     def lengths(self, step: int) -> list[list[int]]:
         return [[self.input_ids.shape[1]] * self.input_ids.shape[0]] * 2
 
-    def micro_batch(self, step: int, micro: int) -> FixedBatches:
-        return self
+    def num_targets(self, step: int) -> int:
+        return (self.input_ids.shape[1] - 1) * self.input_ids.shape[0]
 
-    @property
-    def labels(self) -> torch.Tensor:
-        return self.input_ids
+    def micro_batch(self, step: int, micro: int) -> MicroBatch:
+        if not self.packing:
+            return MicroBatch(self.input_ids, self.input_ids)
+        # Two documents per row, as a tensor of its own per micro batch.
+        length = self.input_ids.shape[1]
+        positions = torch.arange(length) % (length // 2)
+        return MicroBatch(self.input_ids, self.input_ids, positions.repeat(len(self.input_ids), 1))
 
 
 def profiled_step(job: Job, config: dict) -> list[int]:
@@ -41,7 +47,8 @@ def profiled_step(job: Job, config: dict) -> list[int]:
     device = torch.device("cpu")
     built = build_model(job, config, device, weights_path=None)
     optimizer = build_optimizer(job, built.trainable)
-    batch = FixedBatches(torch.randint(0, config["vocab_size"], (job.micro_batch_size, job.max_seq_len)))
+    ids = torch.randint(0, config["vocab_size"], (job.micro_batch_size, job.max_seq_len))
+    batch = FixedBatches(ids, job.packing)
     loop = Loop(job, built, optimizer, batch, device)  # type: ignore[arg-type]
     loop.step(1)
     gc.collect()

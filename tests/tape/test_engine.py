@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from memplan.tape.engine import CheckpointFrame, Graph, Parameter, Tensor
+from memplan.tape.engine import Graph
 from memplan.tape.linear import matmul
 from memplan.tape.ops import add, cast, mul, unary_saving_input
+from memplan.tape.recomputation import CheckpointFrame
+from memplan.tape.tensors import Parameter, Tensor
 
 
 def live_bytes(g: Graph) -> int:

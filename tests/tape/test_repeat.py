@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from memplan.errors import JobError, UnknownModel
 from memplan.job.spec import Job, Lora, Npt, Parallel, Train
 from memplan.model.architecture import Architecture
 from memplan.tape import writer
@@ -44,14 +47,23 @@ JOBS += [
     {"method": method, "parallel": Parallel(strategy=strategy, dp_shard=shards, dp_replicate=replicas)}
     for method in ("full", "qlora")
     for strategy, shards, replicas in (
-        ("NO_SHARD", 1, 2), ("FULL_SHARD", 4, 1), ("SHARD_GRAD_OP", 4, 1), ("HYBRID_SHARD", 2, 2), ("ZERO_2", 4, 1),
+        ("NO_SHARD", 1, 2), ("FULL_SHARD", 4, 1), ("SHARD_GRAD_OP", 4, 1), ("HYBRID_SHARD", 2, 2), ("ZERO_3", 4, 1),
     )
 ]  # fmt: skip
 
 
 def make_job(**fields) -> Job:
-    """A job with small adapters."""
-    return Job(**{"model": "small", "max_seq_len": 48, "micro_batch_size": 2, "lora": Lora(rank=4), **fields})
+    """A job with small adapters and the full loss."""
+    return Job(
+        **{
+            "model": "small",
+            "max_seq_len": 48,
+            "micro_batch_size": 2,
+            "lora": Lora(rank=4),
+            "loss": "full",
+            **fields,
+        }
+    )
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=lambda architecture: architecture.family)
@@ -72,6 +84,48 @@ def test_repeated_blocks_equal_recorded_ones(fields, architecture, monkeypatch):
     assert len(repeated.layers) < len(whole.layers)
     assert whole.flatten() == repeated.flatten()
     assert whole.peak_live_bytes(512) == repeated.peak_live_bytes(512)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "full", "attention": "sdpa"},
+        {"method": "lora", "attention": "eager", "activation_checkpointing": "selective"},
+        {
+            "method": "lora",
+            "attention": "sdpa",
+            "activation_checkpointing": "full",
+            "optimizer_kernel": "loop",
+        },
+    ],
+    ids=str,
+)
+def test_repeated_patterns_equal_recorded_ones(fields, monkeypatch):
+    """Blocks in a pattern, of which some are given a mask and some not, come back as a pattern."""
+    pattern = ("sliding_attention", "sliding_attention", "full_attention")
+    architecture = replace(
+        LLAMA, family="gemma3_text", num_hidden_layers=33, qk_norm=True, sliding_window=32,
+        layer_types=pattern * 11,
+    )  # fmt: skip
+    job = make_job(**fields)
+    monkeypatch.setattr(writer, "choose_layers", lambda kinds: Selection(tuple(range(33)), {}))
+    whole = write_tape(job, architecture)
+    monkeypatch.setattr(writer, "choose_layers", choose_layers)
+    monkeypatch.setattr(writer, "Selection", None)
+    repeated = write_tape(job, architecture)
+
+    assert len(repeated.layers) < len(whole.layers)
+    assert whole.flatten() == repeated.flatten()
+
+
+def test_what_does_not_run_is_refused():
+    """sdpa cannot cap scores, and blocks of Gemma have no NPT formula."""
+    gemma = replace(LLAMA, family="gemma2", attn_logit_softcapping=50.0, sliding_window=32)
+
+    with pytest.raises(JobError, match="attention: sdpa"):
+        write_tape(make_job(attention="sdpa"), gemma)
+    with pytest.raises(UnknownModel, match="NPT"):
+        write_tape(make_job(attention="eager", method="npt"), gemma)
 
 
 def test_the_composed_peak_is_that_of_the_flat_tape():
@@ -131,6 +185,8 @@ def test_storages_are_freed_once_and_after_they_were_made():
         ("ab" * 5, (0, 1, 2, 3, 4, 5, 8, 9), {5: 2}),
         ("a" * 6 + "b" * 6, (0, 1, 2, 5, 6, 7, 8, 11), {2: 1, 8: 1}),
         ("abc", (0, 1, 2), {}),
+        ("aab" * 6, (*range(9), 15, 16, 17), {8: 3}),
+        ("aaaaab" * 7 + "aa", (*range(18), *range(36, 44)), {17: 6}),
     ],
 )
 def test_choice_of_blocks(kinds, layers, periods):

@@ -133,13 +133,13 @@ class CachingAllocator(Cache):
                         address_of[rest] = address = address + size
                         size_of[rest] = remainder
                         key_of[rest] = key = (remainder << ADDRESS_BITS) + address
-                        new_index = bisect_left(keys, key, 0, index)
-                        if new_index == index:
+                        if not index or keys[index - 1] < key:
                             keys[index] = key
                         else:
                             del keys[index], rows[index]
-                            keys.insert(new_index, key)
-                            rows.insert(new_index, rest)
+                            index = bisect_left(keys, key, 0, index - 1)
+                            keys.insert(index, key)
+                            rows.insert(index, rest)
                     else:
                         del keys[index], rows[index]
                         size = size_of[block]
@@ -158,11 +158,11 @@ class CachingAllocator(Cache):
                     rows = pool.rows
                     size = size_of[block]
                     allocated -= size
+                    index = -1
                     neighbour = previous_of[block]
                     key = key_of[neighbour]
                     if key:
                         index = bisect_left(keys, key)
-                        del keys[index], rows[index]
                         key_of[neighbour] = 0
                         spare.append(neighbour)
                         size += size_of[neighbour]
@@ -174,8 +174,13 @@ class CachingAllocator(Cache):
                     neighbour = next_of[block]
                     key = key_of[neighbour]
                     if key:
-                        index = bisect_left(keys, key)
-                        del keys[index], rows[index]
+                        other = bisect_left(keys, key)
+                        if index < 0:
+                            index = other
+                        else:
+                            del keys[other], rows[other]
+                            if other < index:
+                                index -= 1
                         key_of[neighbour] = 0
                         spare.append(neighbour)
                         size += size_of[neighbour]
@@ -183,9 +188,19 @@ class CachingAllocator(Cache):
                         previous_of[neighbour] = block
                     size_of[block] = size
                     key_of[block] = key = (size << ADDRESS_BITS) + address
-                    index = bisect_left(keys, key)
-                    keys.insert(index, key)
-                    rows.insert(index, block)
+                    if index < 0:
+                        index = bisect_left(keys, key)
+                        keys.insert(index, key)
+                        rows.insert(index, block)
+                    elif index + 1 == len(keys) or key < keys[index + 1]:
+                        # Larger than what it takes the place of, and still smaller than the next.
+                        keys[index] = key
+                        rows[index] = block
+                    else:
+                        del keys[index], rows[index]
+                        index = bisect_left(keys, key, index)
+                        keys.insert(index, key)
+                        rows.insert(index, block)
                     if collects:
                         self.cached_since[block] = self.num_searches
         finally:

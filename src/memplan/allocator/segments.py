@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from memplan.allocator.sizes import (
     LARGE_SEGMENT_BYTES,
@@ -105,6 +105,11 @@ class Segments:
         """The reserved bytes that were refused last."""
         self.blocks = Blocks()
         self.pools: list[Pool] = []
+        self.segment_watcher: Callable[[str, int, int, Pool], None] | None = None
+        """
+        Called with the name that PyTorch's traces give to what happened to memory of the driver (`segment_alloc`,
+        `segment_free`, `segment_map`, `segment_unmap`), its address, its bytes, and the pool it serves.
+        """
         self._next_address = LARGE_SEGMENT_BYTES
 
     def pool(self, small: bool, stream: int) -> Pool:
@@ -136,6 +141,8 @@ class Segments:
             return BOUNDARY
         row = self._new_range(pool, segment)
         self.insert(row)
+        if self.segment_watcher is not None:
+            self.segment_watcher("segment_alloc", self.blocks.address[row], segment, pool)
         return row
 
     def _take(self, num_bytes: int) -> bool:
@@ -202,6 +209,8 @@ class Segments:
         if mapped < blocks.size[row]:
             self.insert(self._split(row, mapped))
         blocks.mapped[row] = True
+        if self.segment_watcher is not None:
+            self.segment_watcher("segment_map", blocks.address[row], mapped, pool)
         self._merge(row)
         self.insert(row)
         return True
@@ -211,8 +220,11 @@ class Segments:
     def release(self, row: int) -> None:
         """Give a cached block back, which is a whole segment that cannot expand (`release_block`)."""
         self.remove(row)
-        self.reserved_bytes -= self.blocks.size[row]
+        size, pool = self.blocks.size[row], self.pools[self.blocks.pool[row]]
+        self.reserved_bytes -= size
         self.blocks.spare.append(row)
+        if self.segment_watcher is not None:
+            self.segment_watcher("segment_free", self.blocks.address[row], size, pool)
 
     def unmap(self, row: int) -> None:
         """Give back the whole pages of a cached block, and its segment once that is empty (`unmap_block`)."""
@@ -231,6 +243,8 @@ class Segments:
             self.insert(self._split(row, size))
         blocks.mapped[row] = False
         self.reserved_bytes -= size
+        if self.segment_watcher is not None:
+            self.segment_watcher("segment_unmap", start, size, self.pools[blocks.pool[row]])
         self._merge(row)
         if self.is_whole(row):
             blocks.mapped[row] = True

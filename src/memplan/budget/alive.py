@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import neg
 
 from memplan.budget.result import Line
-from memplan.tape.repeat import Expansion
-from memplan.tape.tape import CATEGORIES, Tape
+from memplan.tape.tape import CATEGORIES, Tape, WrittenTape
 
 TIMELINE_POINTS = 240
 
@@ -44,17 +44,17 @@ class Snapshot:
         return sorted(self.ids, key=lambda storage_id: (-sizes[storage_id], storage_id))[:count]
 
 
-def snapshots(tape: Tape, expansion: Expansion, events: Sequence[int], unit: int) -> list[Snapshot]:
+def snapshots(tape: Tape, written: WrittenTape, events: Sequence[int], unit: int) -> list[Snapshot]:
     """The state after each of these events (indices into the tape, in ascending order; -1: before all)."""
-    categories = expansion.categories()
+    categories = written.categories()
     alive: set[int] = set()
+    is_allocation = (0).__lt__
     states = []
     start = 0
     for stop in events:
         stretch = tape.events[start : stop + 1]
-        touched = set(stretch)
-        alive |= {event for event in touched if event > 0}
-        alive -= {-event for event in touched if event < 0}
+        alive.update(filter(is_allocation, stretch))
+        alive.difference_update(map(neg, stretch))
         states.append(Snapshot(set(alive), tape.sizes, categories, unit))
         start = stop + 1
     return states

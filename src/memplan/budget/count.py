@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from memplan.budget.result import ParameterCount
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
+from memplan.model.families import layout
 from memplan.model.tensors import num_parameters
-from memplan.tape.model import block_linears, targets
+from memplan.npt.layers import modulator_shapes
+from memplan.tape.parts import block_linears
 from memplan.tape.shape import npt_layers
+from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
 
 
 def count_parameters(job: Job, architecture: Architecture) -> ParameterCount:
-    """Of the whole model with what the method adds, over all ranks."""
+    """
+    Of the whole model with what the method adds, over all ranks. Active are those that a token is computed with: of
+    experts the chosen ones.
+    """
     base = num_parameters(architecture)
+    idle = _in_idle_experts(architecture)
     if job.method == "full":
-        return ParameterCount(total=base, trainable=base, active=base)
+        return ParameterCount(total=base, trainable=base, active=base - idle)
     added = _added(job, architecture)
-    return ParameterCount(total=base + added, trainable=added, active=base + added)
+    return ParameterCount(total=base + added, trainable=added, active=base + added - idle)
+
+
+def _in_idle_experts(architecture: Architecture) -> int:
+    """Weights of the experts that a token is not sent to; their share of the adapters counts as active."""
+    if not architecture.num_experts:
+        return 0
+    stacked = sum(prod(module.shape) for module in layout(architecture).block if module.role == "experts")
+    idle = architecture.num_experts - architecture.experts_per_token
+    return architecture.num_hidden_layers * stacked * idle // architecture.num_experts
 
 
 def _added(job: Job, architecture: Architecture) -> int:
     if job.method == "npt":
-        width = architecture.hidden_size + architecture.intermediate_size
-        return len(npt_layers(job, architecture)) * job.npt.rank * width
+        d, f = architecture.hidden_size, architecture.intermediate_size
+        shapes = modulator_shapes(job.npt, d, f, is_gated=architecture.family != "gpt2").values()
+        return len(npt_layers(job, architecture)) * sum(map(prod, shapes))
     per_block = sum(
         job.lora.rank * (linear.in_features + linear.out_features)
         for linear in block_linears(architecture)
         if targets(job, linear.path)
     )
-    head = 0
-    if job.lora.target_modules != "all-linear" and targets(job, "lm_head"):
-        head = job.lora.rank * (architecture.hidden_size + architecture.vocab_size)
+    per_block += sum(
+        prod(shape)
+        for module in layout(architecture).block
+        if module.adapter_names and targets_stack(job, module)
+        for shape in stack_adapter_shapes(job, module)
+    )
+    head = job.trained_tokens * architecture.hidden_size * (1 if architecture.tie_word_embeddings else 2)
+    for module in layout(architecture).after:
+        is_head = module.role == "head" and job.lora.target_modules != "all-linear"
+        if (is_head or module.role == "linear") and targets(job, module.name):
+            head += job.lora.rank * sum(module.shape)
     return per_block * architecture.num_hidden_layers + head

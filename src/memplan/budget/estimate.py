@@ -4,19 +4,23 @@ From a job to its result: tape, replay, and what was alive at the peak. Pure: sa
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from memplan.allocator import replay_with_need
 from memplan.budget.accuracy import error_band
 from memplan.budget.alive import Snapshot, snapshots, timeline
 from memplan.budget.count import count_parameters
 from memplan.budget.host import host_memory
+from memplan.budget.notes import architecture_notes, attention_notes, zero_notes
 from memplan.budget.outside import non_torch_bytes
-from memplan.budget.result import Peak, PhaseLine, Result, TensorLine
-from memplan.job.spec import Job
+from memplan.budget.result import Host, ParameterCount, Peak, PhaseLine, Result, TensorLine
+from memplan.job.spec import AllocatorSettings, Job
 from memplan.model.architecture import Architecture
-from memplan.tape.repeat import Expansion
 from memplan.tape.shape import Behaviour
-from memplan.tape.tape import Mark, Tape
+from memplan.tape.tape import Tape, WrittenTape
+from memplan.tape.vocabulary import with_special_tokens
 from memplan.tape.writer import NUM_STEPS, write_tape
+from memplan.tape.zero_groups import zero_stage
 from memplan.units import MiB
 
 BLOCK_BYTES = 512
@@ -35,16 +39,64 @@ def estimate(
     `device="cpu"` plans a run on the CPU: other kernels, no caching allocator, nothing outside torch; need,
     allocated and reserved are then one number. Raises UnknownModel, JobError.
     """
-    expansion = write_tape(job, architecture, device=device, behaviour=behaviour)
-    tape = expansion.flatten()
-    if device == "cpu":
-        measured = _without_allocator(tape)
+    return estimate_written(job, architecture, device=device, behaviour=behaviour)[1]
+
+
+def estimate_written(
+    job: Job, architecture: Architecture, *, device: str = "cuda", behaviour: Behaviour | None = None
+) -> tuple[WrittenTape, Result]:
+    """`estimate`, and the tape that the result was read off."""
+    notes = architecture_notes(job, architecture)
+    architecture = with_special_tokens(job, architecture)
+    written = write_tape(job, architecture, device=device, behaviour=behaviour)
+    result = summarise(
+        written,
+        job,
+        engine={"name": "shape", "device": device},
+        host=host_memory(job, architecture),
+        parameters=count_parameters(job, architecture),
+    )
+    notes = attention_notes(job, written.graph.target) + zero_notes(job, architecture) + notes
+    result = replace(result, warnings=result.warnings + notes)
+    return written, result
+
+
+def summarise(
+    written: WrittenTape, job: Job, *, engine: dict[str, str], host: Host, parameters: ParameterCount
+) -> Result:
+    """
+    The result of a job whose tape is written, whoever wrote it.
+
+    `engine` names the writer, the `device` it wrote for and the versions of the software it ran.
+    """
+    tape = written.flatten()
+    if engine["device"] == "cpu":
+        measured = measure_live(tape)
         outside, context = 0, ""
     else:
-        measured = _with_allocator(tape, job)
+        measured = measure(tape, job.allocator)
         outside, context = non_torch_bytes(job)
-    unit = BLOCK_BYTES if device == "cuda" else 1
-    states = snapshots(tape, expansion, [peak.event for peak in measured.phases], unit)
+    result = assemble(written, tape, measured, engine=engine, outside_bytes=outside)
+    return replace(
+        result,
+        job=job,
+        error_band=error_band(job, result.need_bytes, outside, engine=engine["name"]),
+        host=host,
+        parameters=parameters,
+        warnings=_warnings(job, context, engine["name"]),
+    )
+
+
+def assemble(
+    written: WrittenTape, tape: Tape, measured: Measured, *, engine: dict[str, str], outside_bytes: int
+) -> Result:
+    """
+    What the replay of a tape says alone: need, peak, budgets, phases, largest tensors, timeline.
+
+    `tape` is that of `written`, with a mark at its beginning and one at its end.
+    """
+    unit = BLOCK_BYTES if engine["device"] == "cuda" else 1
+    states = snapshots(tape, written, [peak.event for peak in measured.phases], unit)
     phases = tuple(
         PhaseLine(
             peak.phase,
@@ -56,22 +108,19 @@ def estimate(
         for peak, state in zip(measured.phases, states)
     )
     worst = max(range(len(phases)), key=lambda index: phases[index].allocated_peak_bytes)
-    need_bytes = measured.need_bytes + outside
-    parameters = count_parameters(job, architecture)
     return Result(
-        job=job,
+        job=None,
         origins={},
-        engine={"name": "shape", "device": device},
-        need_bytes=need_bytes,
-        peak=_peak(measured, worst, outside, tape, expansion),
-        error_band=error_band(job, need_bytes, outside),
+        engine=engine,
+        need_bytes=measured.need_bytes + outside_bytes,
+        peak=_peak(measured, worst, outside_bytes, tape, written),
+        error_band=None,
         budget=phases[worst].budget,
         phases=_merge(phases),
-        top=_top(states[worst], expansion),
-        host=host_memory(job, architecture),
-        parameters=parameters,
+        top=_top(states[worst], written),
+        host=None,
+        parameters=None,
         timeline=timeline(tape),
-        warnings=_warnings(job, context),
     )
 
 
@@ -80,7 +129,16 @@ def need_bytes(job: Job, architecture: Architecture) -> int:
     The smallest capacity of one GPU at which the job completes, in bytes, what is outside torch included.
     """
     tape = write_tape(job, architecture).flatten()
-    return _with_allocator(tape, job).need_bytes + non_torch_bytes(job)[0]
+    return measure(tape, job.allocator).need_bytes + non_torch_bytes(job)[0]
+
+
+def with_known_need(result: Result, job: Job, need_bytes: int) -> Result:
+    """
+    Another job's need, as `need_bytes` gave it, and its error band in the result of one; all else stays. A verdict
+    takes no more.
+    """
+    band = error_band(job, need_bytes, non_torch_bytes(job)[0])
+    return replace(result, job=job, need_bytes=need_bytes, error_band=band)
 
 
 def quick_need_bytes(job: Job, architecture: Architecture) -> int:
@@ -92,36 +150,46 @@ def quick_need_bytes(job: Job, architecture: Architecture) -> int:
     return -(-live // CAPACITY_STEP_BYTES) * CAPACITY_STEP_BYTES + non_torch_bytes(job)[0]
 
 
-class _PhasePeak:
-    """Peak of one stretch between two marks."""
+@dataclass(frozen=True)
+class PhaseMeasure:
+    """The highest moment of one stretch between two marks."""
 
-    def __init__(self, mark: Mark, event: int, allocated_bytes: int, reserved_bytes: int) -> None:
-        self.phase, self.step = mark.phase, mark.step
-        self.event = event
-        self.allocated_bytes = allocated_bytes
-        self.reserved_bytes = reserved_bytes
-
-
-class _Measured:
-    """Numbers of a replay."""
-
-    def __init__(self, need_bytes: int, reserved_bytes: int, phases: list[_PhasePeak]) -> None:
-        self.need_bytes = need_bytes
-        self.reserved_bytes = reserved_bytes
-        self.phases = phases
+    phase: str
+    step: int
+    event: int
+    """The event after which it was reached; -1: before all."""
+    allocated_bytes: int
+    reserved_bytes: int
 
 
-def _with_allocator(tape: Tape, job: Job) -> _Measured:
-    replay, need = replay_with_need(tape.events, tape.sizes, tape.streams, job.allocator, marks=tape.marks)
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of a replay; `reserved_bytes` is the highest of all."""
+
+    need_bytes: int
+    reserved_bytes: int
+    phases: list[PhaseMeasure]
+
+
+def measure(tape: Tape, settings: AllocatorSettings) -> Measured:
+    """A tape through the simulated allocator."""
+    replay, need = replay_with_need(tape.events, tape.sizes, tape.streams, settings, marks=tape.marks)
     phases = [
-        _PhasePeak(peak.mark, peak.allocated_peak_event, peak.allocated_peak_bytes, peak.reserved_peak_bytes)
+        PhaseMeasure(
+            peak.mark.phase,
+            peak.mark.step,
+            peak.allocated_peak_event,
+            peak.allocated_peak_bytes,
+            peak.reserved_peak_bytes,
+        )
         for peak in replay.phases
         if peak.mark.phase != "end"
     ]
-    return _Measured(need, replay.peak_reserved_bytes, phases)
+    return Measured(need, replay.peak_reserved_bytes, phases)
 
 
-def _without_allocator(tape: Tape) -> _Measured:
+def measure_live(tape: Tape) -> Measured:
+    """A tape without any allocator, as on a CPU: need, reserved and allocated are the live bytes."""
     phases = []
     live = 0
     bounds = [mark.event for mark in tape.marks]
@@ -135,12 +203,12 @@ def _without_allocator(tape: Tape) -> _Measured:
                     peak, peak_event = live, index
             else:
                 live -= tape.sizes[-event]
-        phases.append(_PhasePeak(mark, peak_event, peak, peak))
+        phases.append(PhaseMeasure(mark.phase, mark.step, peak_event, peak, peak))
     highest = max(phase.allocated_bytes for phase in phases)
-    return _Measured(highest, highest, phases)
+    return Measured(highest, highest, phases)
 
 
-def _peak(measured: _Measured, worst: int, outside: int, tape: Tape, expansion: Expansion) -> Peak:
+def _peak(measured: Measured, worst: int, outside: int, tape: Tape, written: WrittenTape) -> Peak:
     phase = measured.phases[worst]
     event = tape.events[phase.event]
     return Peak(
@@ -150,7 +218,7 @@ def _peak(measured: _Measured, worst: int, outside: int, tape: Tape, expansion: 
         device_bytes=measured.reserved_bytes + outside,
         phase=phase.phase,
         step=phase.step,
-        where=expansion.describe(abs(event)).where,
+        where=written.describe(abs(event)).where,
     )
 
 
@@ -164,20 +232,26 @@ def _merge(phases: tuple[PhaseLine, ...]) -> tuple[PhaseLine, ...]:
     return tuple(merged.values())
 
 
-def _top(state: Snapshot, expansion: Expansion) -> tuple[TensorLine, ...]:
+def _top(state: Snapshot, written: WrittenTape) -> tuple[TensorLine, ...]:
     lines = []
     for storage_id in state.largest(TOP_TENSORS):
-        storage = expansion.describe(storage_id)
+        storage = written.describe(storage_id)
         lines.append(
             TensorLine(storage.where, storage.shape, storage.dtype, storage.num_bytes, storage.category)
         )
     return tuple(lines)
 
 
-def _warnings(job: Job, context: str) -> tuple[str, ...]:
+def _warnings(job: Job, context: str, engine: str) -> tuple[str, ...]:
     notes = [f"outside torch: {context}"] if context else []
-    if job.world_size > 1:
+    if zero_stage(job) and engine == "shape":
+        pass  # notes.zero_notes says how
+    elif job.parallel.strategy.startswith("ZERO"):
         notes.append(
-            "sharded and replicated jobs are planned to first order: no prefetch beyond the next block"
+            f"{job.parallel.strategy} is planned to first order: its states are cut, its buffers are those of FSDP"
+        )
+    elif job.world_size > 1:
+        notes.append(
+            "sharding follows torch's FSDP2 and DDP; no plan of it has been held against a GPU of ours yet"
         )
     return tuple(notes)

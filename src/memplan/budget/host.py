@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from memplan.budget.count import count_parameters
 from memplan.budget.result import Host, Line
 from memplan.job.spec import DTYPE_BYTES, Job
@@ -10,57 +12,111 @@ from memplan.model.tensors import num_parameters, parameters
 from memplan.tape.optimizer import SMALL_PAGED_ELEMENTS
 from memplan.tape.shape import checkpointed_layers
 from memplan.tape.sharding import layout
+from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
+
+
+@dataclass(frozen=True)
+class HostSizes:
+    """What host memory depends on of a model, in elements."""
+
+    base: int
+    trainable: int
+    largest: int
+    """Of the largest tensor of the base."""
+    embedding: int
+    hidden_size: int
+    num_layers: int
 
 
 def host_memory(job: Job, architecture: Architecture) -> Host:
+    """`host_of` a model whose program is known."""
+    sizes = HostSizes(
+        base=num_parameters(architecture),
+        trainable=count_parameters(job, architecture).trainable,
+        largest=max(parameter.num_elements for parameter in parameters(architecture)),
+        embedding=architecture.vocab_size * architecture.hidden_size,
+        hidden_size=architecture.hidden_size,
+        num_layers=architecture.num_hidden_layers,
+    )
+    return host_of(job, sizes)
+
+
+def host_of(job: Job, sizes: HostSizes) -> Host:
     """
     Bytes of tensors in RAM, all ranks on one node; the interpreter and its libraries are not counted.
 
     Loading comes first and what the run keeps comes after, so the peak is the larger of the two.
     """
-    loading = Line("loading", *_loading(job, architecture))
+    loading = Line("loading", *_loading(job, sizes))
     kept = [
-        Line("weights", *_parameters(job, architecture)),
-        Line("optimizer", *_optimizer(job, architecture)),
-        Line("activations", *_activations(job, architecture)),
+        Line("weights", *_parameters(job, sizes)),
+        Line("optimizer", *_optimizer(job, sizes)),
+        Line("activations", *_activations(job, sizes)),
     ]
     peak_bytes = max(loading.bytes, sum(line.bytes for line in kept))
     return Host(peak_bytes, tuple(line for line in (loading, *kept) if line.bytes))
 
 
-def _loading(job: Job, architecture: Architecture) -> tuple[int, str]:
+def _loading(job: Job, sizes: HostSizes) -> tuple[int, str]:
     itemsize = DTYPE_BYTES[job.dtype]
+    if zero_stage(job) and not job.has_4bit_base:
+        return (
+            sizes.base * itemsize * job.world_size,
+            "the whole model, once per rank, as DeepSpeed is given it",
+        )
     if job.weights == "random":
         return 0, ""
     if job.load.ram_efficient:
-        largest = max(parameter.num_elements for parameter in parameters(architecture))
-        return largest * itemsize, "the largest tensor, streamed"
-    return num_parameters(architecture) * itemsize * job.world_size, "the whole model, once per rank"
+        if job.data.special_tokens and 2 * sizes.embedding > sizes.largest:
+            return 2 * sizes.embedding * itemsize, "embeddings, and their copy with more rows"
+        return sizes.largest * itemsize, "the largest tensor, streamed"
+    return sizes.base * itemsize * job.world_size, "the whole model, once per rank"
 
 
-def _parameters(job: Job, architecture: Architecture) -> tuple[int, str]:
+def _parameters(job: Job, sizes: HostSizes) -> tuple[int, str]:
     """Offloaded shards of the parameters and of the gradients that train; replicas each keep their own."""
     if not job.offload.params:
         return 0, ""
     replicas = job.world_size // layout(job).parameters
-    trainable = count_parameters(job, architecture).trainable * 4
-    return (num_parameters(architecture) * DTYPE_BYTES[job.dtype] + trainable) * replicas, "offloaded shards"
+    num_bytes = sizes.base * DTYPE_BYTES[job.dtype] + sizes.trainable * 4
+    return num_bytes * replicas, "offloaded shards"
 
 
-def _optimizer(job: Job, architecture: Architecture) -> tuple[int, str]:
+def _optimizer(job: Job, sizes: HostSizes) -> tuple[int, str]:
     """
     Offloaded states; or those of a paged optimizer, which the driver moves to the host when the GPU is full:
     all of them at worst. bitsandbytes pages tensors from SMALL_PAGED_ELEMENTS elements on, which the few
     below do not change.
     """
-    trainable = count_parameters(job, architecture).trainable
     replicas = job.world_size // layout(job).optimizer
+    if zero_stage(job) and job.offload.optimizer:
+        return _zero_optimizer(job, sizes), "partitions of the optimizer: pinned, and the states"
     if layout(job).optimizer_on_host:
-        return trainable * _state_bytes(job) * replicas, "offloaded states"
+        return sizes.trainable * _state_bytes(job) * replicas, "offloaded states"
     if job.optimizer.startswith("paged"):
         note = f"paged states (of tensors from {SMALL_PAGED_ELEMENTS} elements on), at worst"
-        return trainable * _state_bytes(job) * replicas, note
+        return sizes.trainable * _state_bytes(job) * replicas, note
     return 0, ""
+
+
+def _zero_optimizer(job: Job, sizes: HostSizes) -> int:
+    """
+    Of each rank's partition: master weights and gradients in float32, and a copy in the dtype of the weights, all three
+    pinned (`pin_memory` is on by default), and the states. Stage 2 also keeps there what it has accumulated.
+    """
+    deepspeed = as_deepspeed_runs_it(job)
+    partition = -(-sizes.trainable // job.parallel.dp_shard)
+    pinned = [4, 4, DTYPE_BYTES[deepspeed.dtype]]
+    if zero_stage(job) == 2 and job.gradient_accumulation_steps > 1:
+        pinned.append(DTYPE_BYTES[deepspeed.dtype])
+    states = _state_bytes(replace(deepspeed, dtype="float32"))
+    per_rank = sum(pinned_bytes(itemsize * partition) for itemsize in pinned) + states * partition
+    return per_rank * job.parallel.dp_shard
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """torch pins powers of two (ATen/core/CachingHostAllocator.h, allocate)."""
+    return 1 << (num_bytes - 1).bit_length()
 
 
 def _state_bytes(job: Job) -> int:
@@ -71,10 +127,16 @@ def _state_bytes(job: Job) -> int:
     return {"sgd": 0, "lion": 4, "adafactor": 0}.get(job.optimizer, 2 * per_state)
 
 
-def _activations(job: Job, architecture: Architecture) -> tuple[int, str]:
+def _activations(job: Job, sizes: HostSizes) -> tuple[int, str]:
+    """Each input is a pinned block of its own."""
     if not job.activation_offload:
         return 0, ""
     tokens = job.micro_batch_size * job.max_seq_len
-    inputs = tokens * architecture.hidden_size * DTYPE_BYTES[job.dtype]
-    num_inputs = len(checkpointed_layers(job, architecture)) * job.world_size
-    return num_inputs * inputs, "inputs of checkpointed blocks"
+    # That preparation makes the embeddings float32, and with them what runs from block to block.
+    is_prepared = job.method == "qlora" and job.quantization.kbit_preparation
+    dtype = (
+        job.autocast if job.autocast and layout(job).gathers else job.dtype
+    )  # FSDP casts what a block is given
+    block_bytes = tokens * sizes.hidden_size * (4 if is_prepared else DTYPE_BYTES[dtype])
+    num_inputs = len(checkpointed_layers(job, sizes.num_layers)) * job.world_size
+    return num_inputs * pinned_bytes(block_bytes), "pinned inputs of checkpointed blocks"

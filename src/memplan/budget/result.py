@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from memplan.job.spec import Job
@@ -118,19 +118,22 @@ class Change:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything memplan knows about one job. `None` where it was not asked or is not known."""
+    """
+    Everything memplan knows about one job, or about one recording, which knows no job. `None` where it was not asked or
+    is not known.
+    """
 
-    job: Job
+    job: Job | None
     origins: dict[str, str]
     engine: dict[str, str]
     need_bytes: int
     peak: Peak
-    error_band: ErrorBand
+    error_band: ErrorBand | None
     budget: tuple[Line, ...]
     phases: tuple[PhaseLine, ...]
     top: tuple[TensorLine, ...]
-    host: Host
-    parameters: ParameterCount
+    host: Host | None
+    parameters: ParameterCount | None
     timeline: tuple[tuple[str, int, int], ...] = ()
     """
     (phase, step, live bytes) at points in order, for drawing; the largest value of each stretch of the tape.
@@ -139,6 +142,10 @@ class Result:
     verdict: Verdict | None = None
     changes: tuple[Change, ...] | None = None
     warnings: tuple[str, ...] = field(default_factory=tuple)
+
+    def with_warnings(self, *warnings: str) -> Result:
+        """The result with more that is worth knowing."""
+        return replace(self, warnings=(*self.warnings, *warnings))
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for `json.dumps`, with `schema_version`."""

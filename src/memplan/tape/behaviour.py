@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from memplan.job.spec import Job
+from memplan.tape.backends import AMPERE, TORCH, Target
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (ATen/cuda/CublasHandlePool.cpp)."""
@@ -40,6 +42,11 @@ class Behaviour:
     """float32 copy of the logits before the loss (transformers: always; a loss kernel of its own may not)."""
     float_output: bool = False
     """accelerate's convert_outputs_to_fp32: with mixed precision the model's output is copied to float32."""
+    prefetch: bool = False
+    """
+    All micro batches of a step are on the device before the first of them is used, and their targets are counted
+    there: transformers' Trainer since 4.46 (trainer.py, get_batch_samples).
+    """
     use_cache: bool = False
     """A DynamicCache is filled during training: `use_cache` left at its default and no checkpointing."""
     input_gradients: bool = False
@@ -58,9 +65,15 @@ class Behaviour:
     The kernel gets a key and value head per query head: sdpa before 4.54, flash_attention_2 with Mistral before 4.48.
     """
     padding_mask: bool = False
-    """Batches are padded, so that sdpa is given a mask and takes the memory-efficient kernel."""
-    before_ampere: bool = False
-    """The card is older than sm80, for which sdpa has fewer kernels."""
+    """Batches are padded, so that sdpa is given a mask."""
+    check_packing: bool = True
+    """Positions are looked at for packed documents: transformers from 4.54 on (masking_utils.py)."""
+    compute_capability: tuple[int, int] = AMPERE
+    """Of the card, which decides what sdpa's kernels take; that of an A100 where none is known."""
+    torch: tuple[int, ...] = TORCH
+    """The version of torch, which decides in what order sdpa tries its kernels (tape/backends.py)."""
+    attention_kernel: str = "auto"
+    """The kernel that the job wants of sdpa."""
     first_length: int | None = None
     """Tokens per sequence of the first step, where lengths vary: what a script still holds of a shorter batch."""
     triton_loss: bool = False
@@ -69,21 +82,50 @@ class Behaviour:
     """Kernels of tape/kernels.py in place of transformers' operations."""
     fused_lora: bool = False
     """Unsloth's LoRA operations over 4-bit layers (tape/fused_lora.py)."""
+    whole_adapters: bool = False
+    """
+    Adapters are left out of FSDP1: every rank has all of them and their states, and adds up their gradients by a hook.
+    fms-acceleration does so where it fuses LoRA (fused-ops-and-kernels, utils.py, lora_adapters_switch_ddp_from_fsdp).
+    """
     liger_before_0_5: bool = False
     """Liger's fused loss in its first form (tape/kernels.py)."""
+    loads_on_device: bool = False
+    """
+    `from_pretrained` puts the weights on the device itself, as it does with every 4-bit model and wherever it is given
+    a `device_map`: it takes one block of the model's size and frees it, and the tensors are cut from that segment
+    (transformers 5, modeling_utils.py, caching_allocator_warmup).
+    """
+    products_before: bool = False
+    """The process has multiplied matrices, backward too, before it loads the model: cuBLAS has its workspaces."""
     cublas_workspace_bytes: int = CUBLAS_WORKSPACE_BYTES
+
+    def target(self, device: str) -> Target:
+        """What chooses attention's kernel on `cuda` or `cpu`."""
+        return Target(device, self.compute_capability, self.torch, self.attention_kernel)
 
     @staticmethod
     def for_job(job: Job) -> Behaviour:
         """The loop and the card that the job names, in the versions at hand."""
         trainer, script = job.loop == "hf_trainer", job.loop == "script"
-        capability = _compute_capability(job.gpu)
+        adapters = job.method in ("lora", "qlora")
+        capability = compute_capability(job.gpu) or AMPERE
         return Behaviour(
             hold_logits=script,
             hold_hidden=script or trainer,
             use_cache=script and job.activation_checkpointing == "none",
             float_output=trainer and job.autocast is not None,
-            before_ampere=capability < (8, 0),
+            prefetch=trainer,
+            # The Trainer switches checkpointing on as users do, and transformers 5 then makes the output of the
+            # embeddings require gradients (modeling_utils.py, activation_checkpointing_enable).
+            # So does peft's prepare_model_for_kbit_training.
+            input_gradients=job.activation_checkpointing == "full"
+            and (
+                (trainer and adapters)
+                or (script and job.method == "qlora" and job.quantization.kbit_preparation)
+            ),
+            loads_on_device=(script or trainer) and job.has_4bit_base and job.parallel.strategy == "NO_SHARD",
+            compute_capability=capability,
+            attention_kernel=job.attention_kernel,
             cublas_workspace_bytes=(
                 CUBLAS_WORKSPACE_BYTES_HOPPER if capability[0] == 9 else CUBLAS_WORKSPACE_BYTES
             ),
@@ -105,30 +147,37 @@ class Behaviour:
         """
         transformers = _version(versions.get("transformers", "5"))
         old_trainer = transformers < (5,)
+        flags: dict[str, Any] = dict.fromkeys(kernels, True)
         adapters = job.method in ("lora", "qlora")
         checkpointing = job.activation_checkpointing != "none"
+        fsdp1 = job.parallel.strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD") and old_trainer
         return replace(
             Behaviour.for_job(job),
+            torch=_version(versions["torch"]) if "torch" in versions else TORCH,
             shift_logits=transformers < (4, 49),
             float_logits=transformers < (4, 46),
+            prefetch=job.loop == "hf_trainer" and transformers >= (4, 46),
             # peft's PeftModel and prepare_model_for_kbit_training both call it where checkpointing is on.
             input_gradients=adapters and checkpointing,
             reentrant=checkpointing and old_trainer,
-            fsdp1=job.parallel.strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD") and old_trainer,
+            fsdp1=fsdp1,
+            whole_adapters=fsdp1 and "fused_lora" in kernels,
             repeat_key_heads=transformers < ((4, 54) if job.attention == "sdpa" else (4, 48))
             and (job.attention == "sdpa" or family == "mistral"),
             padding_mask=padded,
+            check_packing=transformers >= (4, 54),
+            loads_on_device=Behaviour.for_job(job).loads_on_device and not old_trainer,
             liger_before_0_5=transformers < (4, 49),
-            **dict.fromkeys(kernels, True),
+            **flags,
         )
 
 
-def _compute_capability(gpu: str | None) -> tuple[int, int]:
-    """Of the card that a job names; that of an A100 where it names none, or one that is not in the catalogue."""
+def compute_capability(gpu: str | None) -> tuple[int, int] | None:
+    """Of the card that a job names; None where it names none, or one that is not in the catalogue."""
     from memplan.gpu.catalogue import match_gpu
 
     profile = None if gpu is None else match_gpu(gpu)
-    return (8, 0) if profile is None or profile.compute_capability is None else profile.compute_capability
+    return None if profile is None else profile.compute_capability
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -5,192 +5,23 @@ Nothing is computed. A `Storage` writes an allocation when it is made and a free
 which is when PyTorch's intrusive reference count drops too: a program written like the model's own `forward` has the
 model's lifetimes. The autograd engine follows torch/csrc/autograd/engine.cpp: nodes run in the order of their sequence
 numbers, a node's input gradients live until it has returned, its saved tensors until its outputs have been validated,
-and gradients that meet are added in place when one of them has a single owner.
+and gradients that meet are added in place when the first of them has a single owner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
 from math import prod
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
+from memplan.tape.backends import Target
+from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Saved, Shape, Storage, Tensor
+
 if TYPE_CHECKING:
     from memplan.tape.sharding import Units
-
-ITEMSIZE = {
-    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1,
-}  # fmt: skip
-
-Shape = tuple[int, ...]
-Gradients = list["Tensor | None"]
-
-
-class Storage:
-    """One allocation; freed with its last reference."""
-
-    __slots__ = ("events", "id")
-
-    def __init__(self, events: list[int], storage_id: int) -> None:
-        self.id = storage_id
-        self.events = events
-
-    def __del__(self) -> None:
-        self.events.append(-self.id)
-
-
-class Tensor:
-    """
-    A view of a storage.
-
-    `transposed`: two dimensions are swapped against the order in memory. `view`: made from another tensor, which it
-    keeps alive as autograd's views do; a gradient that is one is never added to in place.
-    """
-
-    __slots__ = ("dtype", "needs_grad", "node", "shape", "slot", "storage", "transposed", "view")
-
-    def __init__(self, shape: Shape, dtype: str, storage: Storage | None, transposed: bool = False) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self.storage = storage
-        self.transposed = transposed
-        self.view = False
-        self.needs_grad = False
-        self.node: Node | None = None
-        self.slot = 0
-
-
-class Parameter(Tensor):
-    """
-    A leaf. Trainable ones collect their gradient in `grad`; all know the block (`layer`) they belong to.
-
-    Shape and dtype are those the model computes with. A sharded parameter keeps `local_shape` of it in
-    `stored_dtype`, and its reduced gradient in `sharded_grad`.
-    """
-
-    __slots__ = ("grad", "layer", "local_shape", "name", "sharded_grad", "stored_dtype")
-
-    def __init__(
-        self, name: str, shape: Shape, dtype: str, storage: Storage, layer: int | None, trainable: bool
-    ) -> None:
-        super().__init__(shape, dtype, storage)
-        self.name = name
-        self.layer = layer
-        self.grad: Tensor | None = None
-        self.sharded_grad: Tensor | None = None
-        self.local_shape = shape
-        self.stored_dtype = dtype
-        self.needs_grad = trainable
-
-
-class Node:
-    """An operation of the graph. `edges` and `metadata` (shape, dtype) describe its inputs, `saved` what it keeps."""
-
-    __slots__ = ("backward", "category", "edges", "extra", "layer", "metadata", "path", "saved", "sequence")
-
-    sequence: int
-    edges: list[tuple[Node | Parameter, int] | None]
-    metadata: list[tuple[Shape, str]]
-    saved: Saved | None
-    backward: Callable[..., Gradients]
-    extra: Any
-    layer: int | None
-    path: str
-    category: str
-
-
-class Saved:
-    """Tensors that a node saved for its backward."""
-
-    __slots__ = ("tensors",)
-
-    def __init__(self, tensors: list[Tensor | None]) -> None:
-        self.tensors = tensors
-
-    def unpack(self) -> list[Tensor | None]:
-        return self.tensors
-
-
-class StopRecomputation(Exception):
-    """Everything that the checkpointed backward needs has been recomputed."""
-
-
-class CheckpointFrame:
-    """
-    What a checkpointed block saves instead of its activations: a way to run it again.
-
-    As torch.utils.checkpoint with use_reentrant=False: the first saved tensor that backward asks for runs the block
-    again, up to the last tensor it saved; each recomputed tensor lives until the node that saved it has run.
-    """
-
-    __slots__ = ("graph", "num_saved", "recomputed", "rerun", "rng_state")
-
-    def __init__(self, graph: Graph, rerun: Callable[[], Any]) -> None:
-        self.graph = graph
-        self.rerun = rerun
-        self.rng_state: Storage | None = None
-        self.num_saved = 0
-        self.recomputed: list[Tensor | None] | None = None
-
-    def pack(self, tensors: list[Tensor | None]) -> Saved:
-        slots = []
-        for tensor in tensors:
-            if tensor is None:
-                slots.append(-1)
-            else:
-                slots.append(self.num_saved)
-                self.num_saved += 1
-        if slots.count(-1) == len(slots):
-            return Saved(tensors)
-        return CheckpointSaved(self, slots)
-
-    def collect(self, tensors: list[Tensor | None]) -> Saved:
-        recomputed = self.recomputed
-        assert recomputed is not None
-        for tensor in tensors:
-            if tensor is not None:
-                recomputed.append(tensor)
-                if len(recomputed) == self.num_saved:
-                    raise StopRecomputation
-        return Saved(tensors)
-
-    def recompute(self) -> None:
-        graph = self.graph
-        self.recomputed = []
-        outer = graph.save_hook, graph.grad_enabled, graph.path, graph.category
-        graph.save_hook, graph.grad_enabled, graph.category = self.collect, True, "activations"
-        try:
-            self.rerun()
-        except StopRecomputation:
-            pass
-        finally:
-            graph.save_hook, graph.grad_enabled, graph.path, graph.category = outer
-            graph.autocast_cache.clear()  # a recomputation enters and leaves autocast by itself
-
-
-class CheckpointSaved(Saved):
-    """Slots of a frame, resolved by recomputation."""
-
-    __slots__ = ("frame", "slots")
-
-    def __init__(self, frame: CheckpointFrame, slots: list[int]) -> None:
-        self.frame = frame
-        self.slots = slots
-
-    def unpack(self) -> list[Tensor | None]:
-        frame = self.frame
-        if frame.recomputed is None:
-            frame.recompute()
-        recomputed = frame.recomputed
-        assert recomputed is not None
-        tensors = []
-        for slot in self.slots:
-            tensors.append(None if slot < 0 else recomputed[slot])
-            if slot >= 0:
-                recomputed[slot] = None
-        return tensors
 
 
 class Graph:
@@ -213,6 +44,8 @@ class Graph:
         self.category = "activations"
         self.stream = 0
         self.grad_enabled = True
+        self.training = True
+        """False in eval mode: no dropout."""
         self.autocast: str | None = None
         self.autocast_cache: dict[int, tuple[int | None, Tensor]] = {}
         self.save_hook: Callable[[list[Tensor | None]], Saved] = Saved
@@ -222,6 +55,12 @@ class Graph:
         self.persistent: list[Any] = []
         self.in_backward = False
         self.units: Units | None = None
+        self.on_gradient: Callable[[Parameter], None] | None = None
+        """Runs when a parameter has its gradient, which the engine holds meanwhile (post_acc_grad_hooks)."""
+        self.target = Target(device)
+        """What chooses attention's kernel."""
+        self.arrived: list[Parameter] = []
+        """Parameters in the order in which the last backward pass has brought their gradients."""
 
     # -- stretches -----------------------------------------------------------------------------------------
 
@@ -279,6 +118,15 @@ class Graph:
         self.events.append(storage_id)
         return Storage(self.events, storage_id)
 
+    @contextmanager
+    def on_stream(self, stream: int) -> Iterator[None]:
+        """What is allocated inside belongs to this stream."""
+        outer, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = outer
+
     def scratch(self, *num_bytes: int, name: str) -> None:
         """Memory that an operation takes and gives back inside itself, all of it at the same time."""
         held = [self.storage(size, name, category="workspace") for size in num_bytes if size]
@@ -295,6 +143,11 @@ class Graph:
             self.workspaces.add(thread)
             name = f"cuBLAS workspace ({thread})"
             self.persistent.append(self.storage(self.workspace_bytes, name, category="workspace"))
+
+    def claim_workspaces(self) -> None:
+        """Those of both threads, for a process that has used cuBLAS before."""
+        for self.in_backward in (True, False):
+            self.claim_workspace()
 
     def recategorize(self, tensor: Tensor, category: str, name: str) -> None:
         """A gradient that a parameter keeps was an activation's until now: name it for what it becomes."""
@@ -313,12 +166,15 @@ class Graph:
         extra: Any = None,
     ) -> Node:
         """
-        Make `output` the result of a node; callers check `needs` first.
+        Make `output` the result of a node, where gradients are on; callers check `needs` first, where an input may need
+        none.
 
         Autograd saves inputs before an operation runs and outputs after. Operations that save inputs call
         `save_hook` themselves before they allocate, since a recomputation ends at the last tensor saved.
         """
         node = Node()
+        if not self.grad_enabled:
+            return node
         node.sequence = self.sequence
         self.sequence += 1
         edges: list[tuple[Node | Parameter, int] | None] = []
@@ -337,6 +193,7 @@ class Graph:
         node.layer = self.layer
         node.path = self.path
         node.category = self.category
+        node.leaves_first = False
         node.saved = saved if isinstance(saved, Saved) else self.save_hook(list(saved))
         output.node = node
         output.needs_grad = True
@@ -380,28 +237,30 @@ class Graph:
         self.grad_enabled, self.in_backward = False, True
         root = loss.node
         assert root is not None
+        self.arrived.clear()
         self.enter(root.layer)
-        self.claim_workspace()
         self.category = root.category
-        buffers: dict[Node | Parameter, dict[int, Tensor]] = {
-            root: {0: self.new((), loss.dtype, "grad of loss")}
-        }
+        ones = self.new((), loss.dtype, "grad of loss")  # the caller of the engine holds it until all is done
+        if root.layer is None:
+            self.claim_workspace()
+        buffers: dict[Node | Parameter, dict[int, Tensor]] = {root: {0: ones}}
         visited = root.layer
         if self.units is not None:
             self.units.visit_backward(visited)
         visited = self._run_from(root, buffers)
         if self.units is not None:
             self.units.leave_backward(visited)
-            self.enter(None)
             self.units.end_backward()
         self.in_backward = False
         self.path, self.category, self.grad_enabled = outer_path, outer_category, outer_grad
         self.enter(outer_layer)
+        del ones
 
     def _run_from(self, root: Node, buffers: dict[Node | Parameter, dict[int, Tensor]]) -> int | None:
         """Run the graph that ends in `root`, whose gradients are in `buffers`; returns the block visited last."""
         dependencies = _count_dependencies(root)
         ready = [(-root.sequence, 0, root)]
+        complete: list[Parameter] = []
         visited = root.layer
         while ready:
             node = heappop(ready)[2]
@@ -413,37 +272,44 @@ class Graph:
             self.enter(node.layer)
             self.path, self.category = node.path, node.category
             outputs = self._run(node, buffers.pop(node))
-            for position, edge in enumerate(node.edges):
+            for position in _order(node):
                 output, outputs[position] = outputs[position], None
+                edge = node.edges[position]
                 if edge is None:
                     continue
                 target, slot = edge
                 if output is not None:
-                    if isinstance(target, Parameter):
-                        if target.name:
-                            self._accumulate_parameter(target, output)
-                        else:  # summed before the leaf gets it, as any node's input gradients
-                            previous, target.grad = target.grad, None
-                            if previous is not None:
-                                output = self._accumulate(previous, output)
-                                previous = None
-                            target.grad = output
-                        output = None
-                        continue
                     held = buffers.setdefault(target, {})
                     previous = held.pop(slot, None)
                     if previous is not None:
-                        output = self._accumulate(previous, output)
-                        previous = None
+                        total = self._accumulate(previous, output)
+                        previous = None  # before the gradient that arrived
+                        output = total
+                        del total
                     held[slot] = output
                     output = None
-                if isinstance(target, Parameter):
-                    continue
                 dependencies[target] -= 1
-                if not dependencies[target]:
+                if dependencies[target]:
+                    continue
+                if isinstance(target, Node):
                     heappush(ready, (-target.sequence, 0, target))
+                elif node.leaves_first:
+                    self._complete(target, buffers)
+                else:
+                    complete.append(target)
             node.edges = []
+            for parameter in complete:  # before all other nodes
+                self._complete(parameter, buffers)
+            complete.clear()
         return visited
+
+    def _complete(self, parameter: Parameter, buffers: dict[Node | Parameter, dict[int, Tensor]]) -> None:
+        gradients = buffers.pop(parameter, None)
+        if gradients is not None:
+            gradient = gradients.pop(0)
+            self._accumulate_parameter(parameter, gradient)
+            if self.on_gradient is not None and parameter.name:
+                self.on_gradient(parameter)
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
         """A backward inside a backward, as reentrant checkpointing runs it; the caller keeps both arguments."""
@@ -456,6 +322,7 @@ class Graph:
         tensors = saved.unpack()
         outputs = node.backward(self, node, gradients, tensors)
         if type(saved) is not Saved:
+            tensors.reverse()  # locals of the node's function, gone in the order opposite to that of what it saved
             del tensors
         for position, output in enumerate(outputs):
             if output is None or node.edges[position] is None:
@@ -465,28 +332,48 @@ class Graph:
             if output.shape != shape:
                 output = self.new(shape, output.dtype, "sum of grad")
             if output.dtype != dtype:
+                columns = output.columns
                 output = self.new(shape, dtype, "cast of grad", transposed=output.transposed)
+                output.columns = columns
             outputs[position] = output
             output = None
-        gradients.clear()
+        for slot in sorted(gradients):
+            del gradients[slot]
         node.saved = None
         return outputs
 
     def _accumulate(self, previous: Tensor, output: Tensor) -> Tensor:
-        """Two gradients of one tensor: added in place where one has no other owner."""
+        """Two gradients of one tensor: added to the first in place where it has no other owner, never to the second."""
         if not previous.view and _held_once(previous):
             return previous
-        if not output.view and _held_once(output):
-            return output
         return self.new(previous.shape, previous.dtype, "sum of grads", transposed=previous.transposed)
 
     def _accumulate_parameter(self, parameter: Parameter, gradient: Tensor) -> None:
+        """AccumulateGrad, when the gradients of all uses of the parameter have met."""
+        if parameter.name:
+            self.arrived.append(parameter)
         if parameter.grad is not None:
+            return
+        if not parameter.name:  # a block's input, cut off its graph
+            parameter.grad = gradient
             return
         if not _held_once(gradient):
             gradient = self.new(gradient.shape, gradient.dtype, "grad")
         self.recategorize(gradient, "gradients", f"{parameter.name} grad")
         parameter.grad = gradient
+
+
+def _order(node: Node) -> Iterable[int]:
+    """The order in which a node's outputs are passed on."""
+    positions = range(len(node.edges))
+    if not node.leaves_first:
+        return positions
+    leaves = {
+        position
+        for position, edge in enumerate(node.edges)
+        if edge is not None and isinstance(edge[0], Parameter)
+    }
+    return [*sorted(leaves), *(position for position in positions if position not in leaves)]
 
 
 def _held_once(tensor: Tensor) -> bool:
@@ -511,18 +398,19 @@ def _calibrate() -> tuple[int, int]:
 _SOLE = _calibrate()
 
 
-def _count_dependencies(root: Node) -> dict[Node, int]:
-    """How many edges of the graph under `root` lead to each node."""
-    counts: dict[Node, int] = {root: 0}
+def _count_dependencies(root: Node) -> dict[Node | Parameter, int]:
+    """How many edges of the graph under `root` lead to each node and leaf."""
+    counts: dict[Node | Parameter, int] = {root: 0}
     stack = [root]
     while stack:
         for edge in stack.pop().edges:
-            if edge is None or isinstance(edge[0], Parameter):
+            if edge is None:
                 continue
             target = edge[0]
             if target in counts:
                 counts[target] += 1
-            else:
-                counts[target] = 1
+                continue
+            counts[target] = 1
+            if isinstance(target, Node):
                 stack.append(target)
     return counts

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.tape.engine import Gradients, Graph, Node, Tensor
+from memplan.tape.engine import Graph
 from memplan.tape.linear import Adapter, Linear, dequantized
-from memplan.tape.model import Block
 from memplan.tape.ops import alias, cast
+from memplan.tape.parts import Block
+from memplan.tape.tensors import Gradients, Node, Tensor
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT = "self_attn.o_proj"
@@ -65,7 +66,7 @@ def _matmul_lora(g: Graph, x: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
     out = g.new((*x.shape[:-1], layer.out_features), x.dtype, "output")
     del weight
     dropped = x
-    if adapter.dropout:
+    if adapter.dropout and g.training:
         dropped = g.new(x.shape, x.dtype, "dropout")
         mask = g.new(x.shape, "bool", "dropout mask")
         del mask

@@ -9,9 +9,11 @@ linkedin/Liger-Kernel, src/liger_kernel/ops/fused_linear_cross_entropy.py)
 
 from __future__ import annotations
 
-from memplan.tape.engine import Gradients, Graph, Node, Tensor
+from memplan.tape.engine import Graph
 from memplan.tape.linear import Linear, autocast_to
+from memplan.tape.loss import shifted_labels
 from memplan.tape.ops import alias
+from memplan.tape.tensors import Gradients, Node, Tensor
 
 MAX_FUSED_SIZE = 65536
 """Widest row that one Triton program reads; wider vocabularies go in parts of it."""
@@ -79,21 +81,93 @@ def liger_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor, *, before
     """
     LigerFusedLinearCrossEntropy over (B, S, d): head and loss for a chunk of tokens at a time, their gradients
     in forward. A chunk has as many tokens as make its logits about as large as the hidden states, rounded up to a
-    power of two. Before 0.5 the hidden states were copied without the last position, and a chunk's logits to
-    float32, back, and once more to be scaled.
+    power of two.
+
+    As in liger-kernel 0.8.5, on sm80 or newer: one buffer for the logits of all chunks where nothing is cast, and the
+    products added to the gradients in place, but for a float32 head's, which goes through one of its size.
+    `before_0_5`: as in its first form.
     """
-    weight: Tensor | None = head.weight
+    if before_0_5:
+        return _first_liger_loss(g, hidden, head)
+    weight = head.weight
     assert weight is not None
+    shape = hidden.shape
+    num_tokens, width = shape[0] * shape[1], shape[2]
+    targets = shifted_labels(g, labels)[1]
+    grad_hidden = g.new((num_tokens, width), hidden.dtype, "grad of hidden states")
+    grad_weight = g.new(weight.shape, weight.dtype, "grad of head") if weight.needs_grad else None
+    losses = g.new((num_tokens,), "float32", "losses")
+    counted = g.new((num_tokens,), "bool", "targets that count")
+    count = g.new((), "int64", "number of targets")
+    del count
+    chunk_tokens = min(_chunk_tokens(num_tokens, head.out_features, width), num_tokens)
+    dtype = g.autocast or hidden.dtype
+    buffer = None
+    if not g.autocast and weight.dtype == hidden.dtype:
+        buffer = g.new((chunk_tokens, head.out_features), dtype, "logits of a chunk")
+    g.claim_workspace()
+    for start in range(0, num_tokens, chunk_tokens):
+        rows = min(chunk_tokens, num_tokens - start)
+        logits = buffer or _cast_logits(g, rows, hidden, weight, dtype)
+        if buffer is None:
+            low = autocast_to(g, weight)
+            part = g.new((rows, width), dtype, "grad of a chunk's hidden states")
+            del low, part
+        if grad_weight is not None:
+            _grad_of_head(g, rows, hidden, grad_weight, dtype)
+        del logits
+    del buffer
+    loss = g.new((), "float32", "loss")
+    if g.needs(hidden, weight):
+        g.record(loss, (hidden, weight), [grad_hidden, grad_weight], _liger_backward, shape)
+    del counted, losses, targets
+    return loss
+
+
+def _scratch_cast(
+    g: Graph, tensor: Tensor, dtype: str, shape: tuple[int, ...] | None = None
+) -> Tensor | None:
+    """Autocast's copy of something that is no leaf, for one product."""
+    return None if tensor.dtype == dtype else g.new(shape or tensor.shape, dtype, f"cast to {dtype}")
+
+
+def _cast_logits(g: Graph, rows: int, hidden: Tensor, weight: Tensor, dtype: str) -> Tensor:
+    low_weight = _scratch_cast(g, weight, dtype)
+    low_hidden = _scratch_cast(g, hidden, dtype, (rows, hidden.shape[-1]))
+    logits = g.new((rows, weight.shape[0]), dtype, "logits of a chunk")
+    del low_hidden, low_weight
+    return logits
+
+
+def _grad_of_head(g: Graph, rows: int, hidden: Tensor, grad_weight: Tensor, dtype: str) -> None:
+    if dtype == "float32":
+        product = g.new(grad_weight.shape, dtype, "product with a chunk's logits")
+        del product
+    else:
+        part = _scratch_cast(g, hidden, dtype, (rows, hidden.shape[-1]))
+        del part
+
+
+def _chunk_tokens(num_tokens: int, vocabulary: int, width: int) -> int:
+    return _power_of_two(-(-num_tokens // -(-vocabulary // width)))
+
+
+def _first_liger_loss(g: Graph, hidden: Tensor, head: Linear) -> Tensor:
+    """
+    Before 0.5 the hidden states were copied without the last position, and a chunk's logits to float32, back, and once
+    more to be scaled.
+    """
+    weight = head.current_weight(g)
     batch, length, width = hidden.shape
     dtype = g.autocast or hidden.dtype
-    shape = (batch, length - 1 if before_0_5 else length, width)
+    shape = (batch, length - 1, width)
     num_tokens = shape[0] * shape[1]
-    shifted = g.new(shape, hidden.dtype, "shifted hidden states") if before_0_5 else None
+    shifted = g.new(shape, hidden.dtype, "shifted hidden states")
     weight = autocast_to(g, weight)
     grad_weight = g.new(weight.shape, weight.dtype, "grad of head") if weight.needs_grad else None
     grad_hidden = g.new((num_tokens, width), hidden.dtype, "grad of hidden states")
     losses = g.new((num_tokens,), "float32", "losses")
-    chunk_tokens = _power_of_two(-(-num_tokens // -(-head.out_features // width)))
+    chunk_tokens = _chunk_tokens(num_tokens, head.out_features, width)
     logits: Tensor | None = None
     gradient: Tensor | None = None
     fresh: Tensor | None
@@ -101,13 +175,12 @@ def liger_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor, *, before
         chunk = (min(chunk_tokens, num_tokens - start), head.out_features)
         fresh = g.new(chunk, dtype, "logits of a chunk")
         logits, fresh = fresh, None
-        if before_0_5:
-            scores = g.new(chunk, "float32", "logits of a chunk in float32")
-            logits = None
-            logits = g.new(chunk, dtype, "grad of a chunk's logits")
-            del scores
-            fresh = g.new(chunk, dtype, "scaled grad of a chunk's logits")
-            gradient, fresh = fresh, None
+        scores = g.new(chunk, "float32", "logits of a chunk in float32")
+        logits = None
+        logits = g.new(chunk, dtype, "grad of a chunk's logits")
+        del scores
+        fresh = g.new(chunk, dtype, "scaled grad of a chunk's logits")
+        gradient, fresh = fresh, None
         part = g.new((chunk[0], width), dtype, "grad of a chunk's hidden states")
         del part
     loss = g.new((), "float32", "loss")

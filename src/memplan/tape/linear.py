@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from memplan.tape.engine import Gradients, Graph, Node, Parameter, Tensor
+from memplan.tape.engine import Graph
 from memplan.tape.ops import add, cast, dropout, scale
+from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
+from memplan.tape.token_rows import TokenRows, merged
 
 
 @dataclass
@@ -33,10 +35,31 @@ class Linear:
     bias: Parameter | None = None
     adapter: Adapter | None = None
     dtype: str = "bfloat16"
+    conv: bool = False
+    """transformers' Conv1D: addmm itself, its arguments in that order."""
     quantized: bool = False
     double_quant: bool = False
     held: list[Tensor] = field(default_factory=list)
     """Packed weight and quantisation state of a 4-bit layer: alive as long as the layer."""
+    rows: TokenRows | None = None
+    """Of a head: its rows that train."""
+
+    def current_weight(self, g: Graph) -> Tensor:
+        """The weight as code sees it that asks for it."""
+        if self.rows is not None:
+            return merged(g, self.rows)
+        assert self.weight is not None
+        return self.weight
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight alone makes the output: no bias, adapter or rows that train, not in 4 bits."""
+        return self.has_only_weight and self.rows is None
+
+    @property
+    def has_only_weight(self) -> bool:
+        """As `is_plain`, but rows of the weight may train beside it."""
+        return self.bias is None and self.adapter is None and not self.quantized
 
 
 def autocast_to(g: Graph, tensor: Tensor) -> Tensor:
@@ -55,19 +78,35 @@ def autocast_to(g: Graph, tensor: Tensor) -> Tensor:
     return cast(g, tensor, dtype)
 
 
-def matmul(g: Graph, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """x (..., in) times a weight of any orientation: (..., out)."""
-    if bias is not None:
+def matmul(
+    g: Graph, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, *, conv: bool = False
+) -> Tensor:
+    """
+    x (..., in) times a weight of any orientation: (..., out). The compiler evaluates autocast's arguments from the last
+    to the first, and lets go of them from the first to the last: (x, weight, bias), or for Conv1D (bias, x, weight).
+    """
+    if bias is not None and not conv:
         bias = autocast_to(g, bias)
-    weight = autocast_to(g, weight)  # the compiler evaluates autocast's arguments from the last to the first
+    weight = autocast_to(g, weight)
     x = autocast_to(g, x)
+    if bias is not None and conv:
+        bias = autocast_to(g, bias)
     needed = g.needs(x, weight, bias)
-    saved = g.save(x if weight.needs_grad else None, weight if x.needs_grad else None) if needed else None
+    kept = [x if weight.needs_grad else None, weight if x.needs_grad else None]
+    if bias is not None:
+        kept.reverse()  # addmm lets go of the first operand first, mm of the second
+    saved = g.save(*kept) if needed else None
+    del kept
     g.claim_workspace()
     out = g.new((*x.shape[:-1], out_features), x.dtype, "output")
     if saved is not None:
-        inputs = (x, weight) if bias is None else (x, weight, bias)
-        g.record(out, inputs, saved, _matmul_backward, (x.shape, weight.shape))
+        extra = (x.shape, weight.shape, conv)
+        node = g.record(
+            out, (x, weight) if bias is None else (bias, x, weight), saved, _matmul_backward, extra
+        )
+        node.leaves_first = bias is not None
+    if conv:
+        del bias
     return out
 
 
@@ -76,49 +115,65 @@ def _matmul_backward(
 ) -> Gradients:
     """
     mm: the weight's gradient first, then the input's; addmm the other way round, and the bias gets the gradient
-    itself, summed over rows. The input's gradient is a view: the product is of the folded matrix.
+    itself, summed over rows. Both are views: the product is of the folded matrix and the weight's transpose.
     """
     gradient = gradients[0]
-    x_shape, weight_shape = node.extra
-    edge_x, edge_weight = node.edges[:2]
+    x_shape, weight_shape, conv = node.extra
+    edge_x, edge_weight = node.edges[-2:]
     has_bias = len(node.edges) > 2
+    if gradient.columns and x_shape[0] > 1:
+        # Rows of several sequences whose channels are strided cannot be seen as one matrix.
+        gradients[0] = gradient = g.new(gradient.shape, gradient.dtype, "contiguous copy of grad")
     g.claim_workspace()
     grad_x = grad_weight = None
     for wanted in ("input", "weight") if has_bias else ("weight", "input"):
         if wanted == "weight" and edge_weight is not None:
             grad_weight = g.new(weight_shape, gradient.dtype, "grad of weight")
+            grad_weight.view = not conv
         elif wanted == "input" and edge_x is not None:
             grad_x = g.new(x_shape, gradient.dtype, "grad of input")
             grad_x.view = len(x_shape) > 2
     if not has_bias:
         return [grad_x, grad_weight]
-    return [grad_x, grad_weight, gradient if node.edges[2] is not None else None]
+    return [gradient if node.edges[0] is not None else None, grad_x, grad_weight]
 
 
 def matmul_4bit(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     """
     bitsandbytes' MatMul4Bit: the weight is dequantised to the compute dtype for the product and thrown away, in
     forward and again in backward; nothing of the input is saved (bitsandbytes/autograd/_functions.py). Linear4bit
-    gives its output the input's dtype (nn/modules.py).
+    gives its output the input's dtype (nn/modules.py). The product itself is a plain one that autocast sees.
     """
     dtype = x.dtype
     x = cast(g, x, layer.dtype)
     weight = dequantized(g, layer)
+    low_weight, low_x = _to_compute_dtype(g, weight), _to_compute_dtype(g, x)
     g.claim_workspace()
-    out = g.new((*x.shape[:-1], layer.out_features), x.dtype, "output")
-    del weight
+    out = g.new((*x.shape[:-1], layer.out_features), low_x.dtype, "output")
+    del low_x, low_weight, weight
     if g.needs(x):
         g.record(out, (x,), [], _matmul_4bit_backward, (x.shape, layer))
     return cast(g, out, dtype)
+
+
+def _to_compute_dtype(g: Graph, tensor: Tensor) -> Tensor:
+    """Autocast's cast of an argument inside an operation that autograd sees as one."""
+    dtype = g.autocast or tensor.dtype
+    return tensor if tensor.dtype == dtype else g.new(tensor.shape, dtype, f"cast to {dtype}", "workspace")
 
 
 def _matmul_4bit_backward(
     g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
 ) -> Gradients:
     shape, layer = node.extra
-    weight = dequantized(g, layer)
+    dtype = gradients[0].dtype
+    dequantised = dequantized(g, layer)
+    weight = dequantised
+    if dequantised.dtype != dtype:
+        weight = g.new(dequantised.shape, dtype, f"weight cast to {dtype}", "workspace")
+    del dequantised
     g.claim_workspace()
-    out = g.new(shape, gradients[0].dtype, "grad of input")
+    out = g.new(shape, dtype, "grad of input")
     del weight
     return [out]
 
@@ -145,8 +200,11 @@ def linear(g: Graph, x: Tensor, layer: Linear) -> Tensor:
 def _base(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     if layer.quantized:
         return matmul_4bit(g, x, layer)
-    assert layer.weight is not None
-    return matmul(g, x, layer.weight, layer.bias, layer.out_features)
+    weight = layer.current_weight(g)
+    bias = (
+        layer.bias if layer.rows is None else None
+    )  # peft takes the weight alone (trainable_tokens/layer.py)
+    return matmul(g, x, weight, bias, layer.out_features, conv=layer.conv)
 
 
 def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tensor:
@@ -158,10 +216,12 @@ def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tenso
     dtype = result.dtype
     if layer.quantized:
         result = _clone(g, result)
-        if g.autocast is None:
+        # peft asks for autocast on CUDA, whatever the device is.
+        converts = g.autocast is None or g.device == "cpu"
+        if converts:
             x = cast(g, x, adapter.a.dtype)
         output = _low_rank(g, x, adapter)
-        if g.autocast is None:
+        if converts:
             output = cast(g, output, dtype)
         result = add(g, result, output, "output")
         return result
@@ -220,3 +280,17 @@ def packed_sizes(num_elements: int, double_quant: bool) -> dict[str, int]:
     else:
         sizes["absmax"] = blocks * 4
     return sizes
+
+
+def cpu_packing_scratch(num_elements: int, dtype: str, quantization_type: str) -> list[int]:
+    """
+    Bytes of what is alive at once, beside the weight, while bitsandbytes packs it on the CPU: there quantize_4bit is
+    written in torch operations (bitsandbytes/backends/default/ops.py). On CUDA it is one kernel.
+    """
+    n = num_elements
+    constants, scaled, index = -(-n // 64) * 4, n * 4, n * 4
+    float_copy = 0 if dtype == "float32" else n * 4
+    if quantization_type == "fp4":
+        # Its codes are not in order: indices are looked up, as int64, in a table.
+        return [constants, float_copy, scaled, index, n * 8, n * 8]
+    return [constants, float_copy, scaled, index, n, -(-n // 2), -(-n // 2)]

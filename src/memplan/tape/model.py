@@ -7,120 +7,51 @@ the method adds. Only the blocks asked for are built (repeat.py), each under its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from math import prod
 
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
-from memplan.model.tensors import linear_modules, parameters
-from memplan.tape.engine import ITEMSIZE, Graph, Parameter, Storage, Tensor
-from memplan.tape.linear import Adapter, Linear, packed_sizes
-from memplan.tape.sharding import Part, Units, layout, shard_shape
-
-
-@dataclass
-class NptModulator:
-    """Parameters of the weight delta of one converted block: A (d, r) and B (r, f)."""
-
-    a: Parameter
-    b: Parameter
-
-
-@dataclass
-class Block:
-    """One transformer block."""
-
-    layer: int
-    linears: dict[str, Linear]
-    norms: dict[str, Parameter]
-    checkpointed: bool = False
-    npt: NptModulator | None = None
-
-
-@dataclass
-class Model:
-    """Everything that stays in memory between steps, and the parameters that train, in the optimizer's order."""
-
-    architecture: Architecture
-    blocks: list[Block]
-    embedding: Parameter
-    positions: Parameter | None
-    final_norm: dict[str, Parameter]
-    head: Linear
-    buffers: dict[str, Tensor]
-    trainable: list[Parameter] = field(default_factory=list)
-    kept: list[Storage] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """A linear layer by its path in the block (or, for the head, in the model)."""
-
-    path: str
-    in_features: int
-    out_features: int
-    bias: bool
-    transposed: bool = False
-
-
-def block_linears(architecture: Architecture) -> list[LinearSpec]:
-    """The linear layers of one block, in module order."""
-    one, prefix = _one_block(architecture)
-    return [
-        LinearSpec(
-            module.name.removeprefix(prefix),
-            module.in_features,
-            module.out_features,
-            module.bias,
-            module.transposed,
-        )
-        for module in linear_modules(one)
-        if module.layer == 0
-    ]
-
-
-def block_norms(architecture: Architecture) -> list[tuple[str, int]]:
-    """Norm parameters of one block and their sizes, in module order."""
-    one, prefix = _one_block(architecture)
-    return [
-        (parameter.name.removeprefix(prefix), parameter.shape[0])
-        for parameter in parameters(one)
-        if parameter.layer == 0 and parameter.role == "norm"
-    ]
-
-
-def _one_block(architecture: Architecture) -> tuple[Architecture, str]:
-    """The model cut to one block, and the path of that block."""
-    prefix = "transformer.h.0." if architecture.family == "gpt2" else "model.layers.0."
-    return replace(architecture, num_hidden_layers=1, layer_types=()), prefix
-
-
-def targets(job: Job, path: str) -> bool:
-    """Whether a linear layer of a block gets an adapter: by the last part of its path, as peft matches names."""
-    wanted = job.lora.target_modules
-    if job.method not in ("lora", "qlora"):
-        return False
-    if wanted == "all-linear":
-        return True
-    names = (wanted,) if isinstance(wanted, str) else wanted
-    return any(path == name or path.endswith(f".{name}") for name in names)
+from memplan.model.families import layout as layout_of
+from memplan.model.families.layout import Module
+from memplan.npt.layers import check_target, modulator_shapes
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.checkpoint_size import checkpoint_bytes
+from memplan.tape.ddp import Buckets
+from memplan.tape.engine import Graph
+from memplan.tape.experts import Stack, StackAdapter
+from memplan.tape.linear import Adapter, Linear, cpu_packing_scratch, packed_sizes
+from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
+from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape
+from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
+from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
+from memplan.tape.token_rows import TokenRows
+from memplan.tape.wrapping import ToWrap, wrap_units
 
 
 class Builder:
     """Allocates a model for a job in a graph."""
 
-    def __init__(self, g: Graph, job: Job, architecture: Architecture, layers: list[int]) -> None:
+    def __init__(
+        self, g: Graph, job: Job, architecture: Architecture, layers: list[int], behaviour: Behaviour
+    ) -> None:
         self.g = g
+        self.behaviour = behaviour
         self.layers = layers
-        self.layout = layout(job)
-        self.units = Units(g, self.layout, layers)
+        self.layout = layout(job, g.device)
+        self.contents = Contents(layers)
         self.job = job
         self.architecture = architecture
         self.full = job.method == "full"
-        self.quantized = job.method == "qlora"
-        self.gpt2 = architecture.family == "gpt2"
-        self.prefix = "transformer" if self.gpt2 else "model"
-        self.upcast: list[Parameter] = []
+        self.quantized = job.has_4bit_base
+        self.modules = layout_of(architecture)
+        self.block_name = f"{self.modules.block_prefix}.{{layer}}"
+        self.base: list[Parameter] = []
+        self.originals: dict[str, Tensor] = {}
+        self.flat = behaviour.fsdp1 and not self.layout.params_on_host
+        """FSDP1: the model is loaded on the host, and comes to the device unit by unit when it is wrapped."""
+        self.to_wrap: list[ToWrap] = []
+        self.whole: dict[str, list[int]] = {}
+        """Tensors that are whole for a moment on their way into shards, with what making them takes."""
 
     def parameter(
         self,
@@ -131,28 +62,38 @@ class Builder:
         dtype: str | None = None,
         trainable: bool | None = None,
         category: str = "weights",
+        whole: bool = False,
     ) -> Parameter:
-        g, cut = self.g, self.layout.parameters
+        """
+        `whole`: on every rank, whatever is done to the others, as NPT's tensors are (memplan.train.parallel).
+
+        What is gathered has the dtype that is computed with: FSDP2's policy names it, and so does that of accelerate's
+        FSDP1 where it has mixed precision; without, a unit keeps its own (accelerate/accelerator.py, prepare_model).
+        """
+        g, cut = self.g, 1 if whole else self.layout.parameters
         stored = dtype or self.job.dtype
         trains = self.full if trainable is None else trainable
         local = shard_shape(shape, cut)
-        if self.layout.params_on_host:
+        if (self.layout.params_on_host or self.flat) and not whole:
             storage = Storage([], 0)  # in host memory, not on the tape
         else:
             held = g.new(local, stored, name, category)
             assert held.storage is not None
             storage = held.storage
         parameter = Parameter(name, shape, stored, storage, layer, trains)
-        if self.layout.gathers:
-            # MixedPrecisionPolicy: what is gathered has the dtype that is computed with.
-            parameter.dtype = self.job.autocast or self.job.dtype
-            self.units.parts.setdefault(layer, []).append(Part(name, shape, parameter.dtype))
-        if trains:
-            self.units.trainable.setdefault(layer, []).append(parameter)
-        parameter.local_shape = shard_shape(shape, self.layout.optimizer)
+        if self.layout.gathers and not whole:
+            parameter.dtype = self.job.autocast or (stored if self.behaviour.fsdp1 else self.job.dtype)
+            self.contents.parts.setdefault(layer, []).append(Part(name, shape, stored, parameter.dtype))
+        if self.flat and not whole:
+            self.to_wrap.append(ToWrap(layer, Part(name, shape, stored, stored), parameter))
+        if trains and not whole:
+            self.contents.trainable.setdefault(layer, []).append(parameter)
+        parameter.local_shape = shard_shape(shape, 1 if whole else self.layout.optimizer)
         parameter.stored_dtype = stored
         if category == "weights":
-            self.upcast.append(parameter)
+            self.base.append(parameter)
+            if self.layout.gathers and self.job.weights == "random":
+                self.whole[name] = [prod(shape) * ITEMSIZE[stored]]
         return parameter
 
     def linear(self, spec: LinearSpec, layer: int | None, prefix: str) -> Linear:
@@ -163,14 +104,14 @@ class Builder:
             if spec.transposed
             else (spec.out_features, spec.in_features)
         )
-        skipped = any(spec.path == skip or spec.path.endswith(f".{skip}") for skip in job.quantization.skip)
-        quantized = self.quantized and not skipped and not spec.transposed
+        quantized = self.packs(spec)
         linear = Linear(
             name=spec.path,
             in_features=spec.in_features,
             out_features=spec.out_features,
             weight=None,
             dtype=job.dtype,
+            conv=spec.transposed,
             quantized=quantized,
             double_quant=job.quantization.double_quant,
         )
@@ -185,20 +126,30 @@ class Builder:
     def pack(self, name: str, spec: LinearSpec, layer: int | None) -> list[Tensor]:
         """Quantise on the device: the 16-bit weight is there until its packed form is."""
         g = self.g
-        weight = g.new(
-            (spec.out_features, spec.in_features),
-            self.job.dtype,
-            f"{name}.weight before packing",
-            "workspace",
-        )
         held = []
-        sizes = packed_sizes(spec.in_features * spec.out_features, self.job.quantization.double_quant)
+        weight = None
+        if not self.flat:
+            weight = g.new(
+                (spec.out_features, spec.in_features),
+                self.job.dtype,
+                f"{name}.weight before packing",
+                "workspace",
+            )
+        num_elements = spec.in_features * spec.out_features
+        if g.device == "cpu":
+            scratch = cpu_packing_scratch(num_elements, self.job.dtype, self.job.quantization.type)
+            g.scratch(*scratch, name=f"{name} being packed")
+            if self.layout.gathers:
+                self.whole[name] = [num_elements * ITEMSIZE[self.job.dtype], *scratch]
+        sizes = packed_sizes(num_elements, self.job.quantization.double_quant)
         for part, num_bytes in sizes.items():
             packed = part == "packed weight"
             if packed and self.layout.gathers:
-                self.units.parts.setdefault(layer, []).append(Part(name, (num_bytes,), "uint8"))
+                self.contents.parts.setdefault(layer, []).append(Part(name, (num_bytes,), "uint8", "uint8"))
+                if self.flat:
+                    self.to_wrap.append(ToWrap(layer, Part(name, (num_bytes,), "uint8", "uint8")))
                 num_bytes = -(-num_bytes // self.layout.parameters)
-                if self.layout.params_on_host:
+                if self.layout.params_on_host or self.flat:
                     continue
             held.append(
                 g.new((num_bytes,), "uint8", f"{name} {part}", "weights" if packed else "quant_state")
@@ -207,136 +158,220 @@ class Builder:
         return held
 
     def build(self, npt_layers: frozenset[int], checkpointed: frozenset[int]) -> Model:
-        g, architecture, job, layers = self.g, self.architecture, self.job, self.layers
-        d = architecture.hidden_size
+        g, job, architecture, modules = self.g, self.job, self.architecture, self.modules
         g.begin("load")
-        embedding_name = "wte" if self.gpt2 else "embed_tokens"
-        embedding = self.parameter(
-            f"{self.prefix}.{embedding_name}.weight", (architecture.vocab_size, d), None
-        )
-        positions = None
-        if self.gpt2:
-            positions = self.parameter(
-                "transformer.wpe.weight", (architecture.max_position_embeddings, d), None
+        if self.behaviour.loads_on_device:
+            g.scratch(
+                checkpoint_bytes(architecture, job.dtype, self.packs_module),
+                name="room for the model's weights",
             )
-        blocks = []
-        specs, norm_sizes = block_linears(architecture), block_norms(architecture)
-        for layer in layers:
-            g.enter(layer)
-            prefix = f"{self.prefix}.{'h' if self.gpt2 else 'layers'}.{{layer}}"
-            linears = {spec.path: self.linear(spec, layer, prefix) for spec in specs}
-            norms = {name: self.parameter(f"{prefix}.{name}", (size,), layer) for name, size in norm_sizes}
-            blocks.append(Block(layer, linears, norms, layer in checkpointed))
-        g.begin("load_rest")
-        norm_name = "transformer.ln_f" if self.gpt2 else "model.norm"
-        final_norm = {"weight": self.parameter(f"{norm_name}.weight", (d,), None)}
-        if self.gpt2:
-            final_norm["bias"] = self.parameter(f"{norm_name}.bias", (d,), None)
         buffers = {}
-        if not self.gpt2:
-            for name in ("inv_freq", "original_inv_freq"):
-                buffers[name] = g.new(
-                    (architecture.head_dim // 2,), "float32", f"model.rotary_emb.{name}", "weights"
-                )
-        head = Linear("lm_head", d, architecture.vocab_size, embedding, dtype=job.dtype)
+        if modules.buffers_first:
+            buffers = self.buffers()
+        tokens, *positions = modules.before
+        outside = self.outer((tokens,))
+        embedding = next(iter(outside.values()))
+        self.keep_rows(embedding)
+        outside |= self.outer(tuple(positions))
+        blocks = [self.block(layer, layer in checkpointed) for layer in self.layers]
+        g.begin("load_rest")
+        *others, head_module = modules.after
+        linears = {}
+        for module in others:
+            if module.role == "linear":
+                linears[module.name] = self.linear(linear_spec(module), None, "")
+            else:
+                outside |= self.outer((module,))
+        if not modules.buffers_first:
+            buffers = self.buffers()
+        spec = linear_spec(head_module)
+        head = Linear(spec.path, spec.in_features, spec.out_features, embedding, dtype=self.job.dtype)
+        head.bias = outside.get(modules.head_bias)
         if not architecture.tie_word_embeddings:
-            head = self.linear(LinearSpec("lm_head", d, architecture.vocab_size, False), None, "")
-        model = Model(architecture, blocks, embedding, positions, final_norm, head, buffers)
+            head = self.linear(spec, None, "")
+            self.keep_rows(head.weight)
+        model = Model(architecture, blocks, embedding, head, outside, buffers, linears)
         self.prepare_kbit(model)
         self.attach_adapters(model)
+        fill_shards(g, self.whole)
         self.attach_npt(model, npt_layers)
+        if self.flat:
+            g.persistent += wrap_units(g, self.to_wrap, self.layers, self.layout.parameters)
+            self.to_wrap.clear()
         if self.full:
-            model.trainable = _in_module_order(model)
-        if self.layout.gathers or self.layout.gradients > 1:
-            g.units = self.units
+            model.trainable = list(self.base)
+        self.contents.sort()
         self.make_buckets(model)
         return model
 
+    def buffers(self) -> dict[str, Tensor]:
+        """By name."""
+        return {
+            buffer.name: self.g.new(buffer.shape, buffer.dtype, buffer.name, "weights")
+            for buffer in self.modules.buffers
+        }
+
+    def packs_module(self, module: Module) -> bool:
+        return module.role in ("linear", "head") and self.packs(linear_spec(module))
+
+    def packs(self, spec: LinearSpec) -> bool:
+        """Whether a layer's weight is quantised."""
+        skipped = any(
+            spec.path == skip or spec.path.endswith(f".{skip}") for skip in self.job.quantization.skip
+        )
+        return self.quantized and not skipped and not spec.transposed
+
+    def outer(self, modules: tuple[Module, ...]) -> dict[str, Parameter]:
+        """Parameters of modules outside the blocks, by name."""
+        return {
+            item.name: self.parameter(item.name, item.shape, None)
+            for module in modules
+            for item in module.parameters("", None)
+        }
+
+    def block(self, layer: int, checkpointed: bool) -> Block:
+        self.g.enter(layer)
+        block = Block(layer, {}, {}, checkpointed=checkpointed)
+        for module in self.modules.block:
+            if module.role == "linear":
+                block.linears[module.name] = self.linear(linear_spec(module), layer, self.block_name)
+                continue
+            if module.role in ("router", "experts"):
+                (item,) = module.parameters("", layer)
+                weight = self.parameter(f"{self.block_name}.{item.name}", item.shape, layer)
+                block.stacks[module.name] = Stack(module.name, weight)
+                continue
+            for item in module.parameters("", layer):
+                block.norms[item.name] = self.parameter(f"{self.block_name}.{item.name}", item.shape, layer)
+        return block
+
     def make_buckets(self, model: Model) -> None:
-        """DDP's buckets: as many bytes as the gradients; here one per block, there 25 MiB each."""
-        if self.layout.replicas == 1:
-            return
-        g = self.g
-        g.begin("buckets")
-        for layer in [None, *self.layers]:
-            g.enter(layer)
-            sizes = [
-                prod(item.shape) * ITEMSIZE[item.dtype] for item in model.trainable if item.layer == layer
-            ]
-            if sizes:
-                model.kept.append(g.storage(sum(sizes), "gradient bucket", category="comm"))
-        g.enter(None)
+        """NPT's gradients are added up by the trainer itself."""
+        if (
+            self.layout.replicas > 1
+            and not self.layout.gathers
+            and self.job.method != "npt"
+            and not self.flat
+        ):
+            num_layers = self.architecture.num_hidden_layers
+            model.buckets = Buckets(self.g, model.trainable, self.layers, num_layers)
 
     def prepare_kbit(self, model: Model) -> None:
         """peft's prepare_model_for_kbit_training: every parameter that is not packed becomes float32, one by one."""
-        if not (self.quantized and self.job.quantization.kbit_preparation):
+        if not (self.job.method == "qlora" and self.job.quantization.kbit_preparation):
             return
         g = self.g
         g.begin("kbit")
-        for parameter in self.upcast:
+        for parameter in self.base:
             if parameter.dtype != "float32":
                 g.enter(parameter.layer)
                 parameter.storage = g.new(parameter.shape, "float32", parameter.name, "weights").storage
                 parameter.dtype = "float32"
+
+    def keep_rows(self, weight: Parameter | None) -> None:
+        """peft's copy of the rows that train, as they are before; it is cast where adapters are."""
+        if self.job.trained_tokens and weight is not None:
+            shape = (self.job.trained_tokens, weight.shape[-1])
+            dtype = "float32" if self.job.lora.dtype == "float32" else weight.stored_dtype
+            name = f"{weight.name.removesuffix('.weight')} rows before training"
+            self.originals[weight.name] = self.g.new(shape, dtype, name, "weights")
+
+    def rows(self, weight: Parameter, model: Model) -> TokenRows:
+        """The rows of a matrix that train."""
+        shape = (self.job.trained_tokens, weight.shape[-1])
+        name = weight.name.removesuffix(".weight")
+        trained = self.parameter(
+            f"{name} trained rows", shape, None,
+            dtype=self.job.lora.dtype, trainable=True, category="adapters",
+        )  # fmt: skip
+        model.trainable.append(trained)
+        return TokenRows(weight, trained, self.originals[weight.name])
 
     def attach_adapters(self, model: Model) -> None:
         job, g = self.job, self.g
         if job.method not in ("lora", "qlora"):
             return
         g.begin("load_adapters")
-        prefix = f"{self.prefix}.{'h' if self.gpt2 else 'layers'}"
+        if job.trained_tokens:
+            model.rows = model.head.rows = self.rows(model.embedding, model)
         for block in model.blocks:
             g.enter(block.layer)
             for path, linear in block.linears.items():
                 if targets(job, path):
-                    self.adapt(linear, f"{prefix}.{{layer}}.{path}", block.layer, model)
+                    self.adapt(linear, f"{self.block_name}.{path}", block.layer, model)
+            for module in self.modules.block:
+                if module.name in block.stacks and targets_stack(job, module):
+                    self.adapt_stack(module, block.stacks[module.name], block.layer, model)
         g.enter(None)
-        if job.lora.target_modules != "all-linear" and targets(job, "lm_head"):
-            self.adapt(model.head, "lm_head", None, model)
+        for path, linear in model.linears.items():
+            if targets(job, path):
+                self.adapt(linear, path, None, model)
+        if job.trained_tokens and not self.architecture.tie_word_embeddings:
+            assert model.head.weight is not None
+            model.head.rows = self.rows(model.head.weight, model)
+        if job.lora.target_modules != "all-linear" and targets(job, model.head.name):
+            self.adapt(model.head, model.head.name, None, model)
 
     def adapt(self, linear: Linear, name: str, layer: int | None, model: Model) -> None:
         rank, dtype = self.job.lora.rank, self.job.lora.dtype
 
         def matrix(part: str, shape: tuple[int, int]) -> Parameter:
             full_name = f"{name}.{part}.default.weight"
-            return self.parameter(full_name, shape, layer, dtype=dtype, trainable=True, category="adapters")
+            return self.parameter(
+                full_name, shape, layer,
+                dtype=dtype, trainable=True, category="adapters", whole=self.behaviour.whole_adapters,
+            )  # fmt: skip
 
         a = matrix("lora_A", (rank, linear.in_features))
         b = matrix("lora_B", (linear.out_features, rank))
         linear.adapter = Adapter(a, b, self.job.lora.dropout)
         model.trainable += [a, b]
 
+    def adapt_stack(self, module: Module, stack: Stack, layer: int, model: Model) -> None:
+        """peft's lora.ParamWrapper: one pair of matrices for all experts."""
+        lora = self.job.lora
+        a, b = (
+            self.parameter(
+                f"{self.block_name}.{module.name}.{part}.default.weight",
+                shape,
+                layer,
+                dtype=lora.dtype,
+                trainable=True,
+                category="adapters",
+            )
+            for part, shape in zip(("lora_A", "lora_B"), stack_adapter_shapes(job=self.job, module=module))
+        )
+        stack.adapter = StackAdapter(a, b, lora.alpha / lora.rank)
+        model.trainable += [a, b]
+
     def attach_npt(self, model: Model, npt_layers: frozenset[int]) -> None:
         """Modulators are float32 whatever the base is: they are what trains."""
         if self.job.method != "npt":
             return
-        g, rank = self.g, self.job.npt.rank
+        g = self.g
+        d, f = self.architecture.hidden_size, self.architecture.intermediate_size
+        is_gated = "mlp.up_proj" in model.blocks[0].linears
+        shapes = modulator_shapes(self.job.npt, d, f, is_gated=is_gated)
+        check_target(self.job.npt, is_gated=is_gated)
         g.begin("load_adapters")
         for block in model.blocks:
             if block.layer in npt_layers:
                 g.enter(block.layer)
-                name = f"{self.prefix}.{'h' if self.gpt2 else 'layers'}.{{layer}}.np"
-                d, f = self.architecture.hidden_size, self.architecture.intermediate_size
-                a = self.parameter(
-                    f"{name}.A", (d, rank), block.layer, dtype="float32", trainable=True, category="adapters"
-                )
-                b = self.parameter(
-                    f"{name}.B", (rank, f), block.layer, dtype="float32", trainable=True, category="adapters"
-                )
-                block.npt = NptModulator(a, b)
-                model.trainable += [a, b]
+                made = {
+                    part: self.parameter(
+                        f"{self.block_name}.np.{part}", shape, block.layer,
+                        dtype="float32", trainable=True, category="adapters", whole=True,
+                    )
+                    for part, shape in shapes.items()
+                }  # fmt: skip
+                modulators = {
+                    stem: NptModulator(
+                        made[f"{stem}A"], made[f"{stem}B"], made.get(f"{stem}C"), made.get(f"{stem}bias")
+                    )
+                    for stem in ("", "up.", "down.")
+                    if f"{stem}A" in made
+                }
+                block.npt = modulators[""]
+                block.npt.up, block.npt.down = modulators.get("up."), modulators.get("down.")
+                model.trainable += made.values()
         g.enter(None)
-
-
-def _in_module_order(model: Model) -> list[Parameter]:
-    parameters = [model.embedding]
-    if model.positions is not None:
-        parameters.append(model.positions)
-    for block in model.blocks:
-        for linear in block.linears.values():
-            parameters += [tensor for tensor in (linear.weight, linear.bias) if tensor is not None]
-        parameters += block.norms.values()
-    parameters += model.final_norm.values()
-    if model.head.weight is not model.embedding and model.head.weight is not None:
-        parameters.append(model.head.weight)
-    return parameters

@@ -1,5 +1,5 @@
 """
-Elementwise operations, norms, views and the embedding: what each allocates, saves and does in backward.
+Elementwise operations and views: what each allocates, saves and does in backward.
 
 Formulas of tools/autograd/derivatives.yaml and torch/csrc/autograd/FunctionsManual.cpp. An operation whose inputs need
 no gradient records nothing. `needs` below is by input position; the outputs of a backward line up with the inputs.
@@ -7,7 +7,8 @@ no gradient records nothing. `needs` below is by input position; the outputs of 
 
 from __future__ import annotations
 
-from memplan.tape.engine import Gradients, Graph, Node, Shape, Tensor
+from memplan.tape.engine import Graph
+from memplan.tape.tensors import Gradients, Node, Shape, Tensor
 
 _RANK = {"bool": 0, "uint8": 1, "int64": 2, "float16": 3, "bfloat16": 3, "float32": 4, "float64": 5}
 
@@ -42,6 +43,7 @@ def alias(tensor: Tensor, shape: Shape | None = None, transposed: bool | None = 
         tensor.transposed if transposed is None else transposed,
     )
     view.view = True
+    view.columns = tensor.columns
     return view
 
 
@@ -78,7 +80,7 @@ def _split_heads_backward(
     g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
 ) -> Gradients:
     gradient = gradients[0]
-    if gradient.transposed:
+    if gradient.transposed or gradient.columns or gradient.shape[1] == 1:
         return [alias(gradient, node.extra, transposed=False)]
     return [g.new(node.extra, gradient.dtype, "contiguous copy of grad")]
 
@@ -134,12 +136,31 @@ def _cast_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[T
     gradient = gradients[0]
     if gradient.dtype == node.extra:
         return [gradient]
-    return [g.new(gradient.shape, node.extra, f"cast to {node.extra}", transposed=gradient.transposed)]
+    out = g.new(gradient.shape, node.extra, f"cast to {node.extra}", transposed=gradient.transposed)
+    out.columns = gradient.columns
+    return [out]
+
+
+def _converted_on_cpu(g: Graph, operands: tuple[Tensor, ...], dtype: str) -> list[Tensor]:
+    """
+    Copies of operands of other dtypes: kernels of the CPU convert no elements as they go
+    (aten/src/ATen/TensorIterator.cpp, promote_inputs_to_common_dtype). Numbers are not counted.
+    """
+    if g.device != "cpu":
+        return []
+    return [
+        g.new(operand.shape, dtype, f"operand as {dtype}", "workspace")
+        for operand in operands
+        if operand.shape and operand.dtype != dtype
+    ]
 
 
 def add(g: Graph, a: Tensor, b: Tensor, name: str = "sum") -> Tensor:
     """`a + b`; saves nothing, its gradient is passed on as it is."""
-    out = g.new(broadcast(a.shape, b.shape), promote(a.dtype, b.dtype), name, transposed=a.transposed)
+    dtype = promote(a.dtype, b.dtype)
+    converted = _converted_on_cpu(g, (a, b), dtype)
+    out = g.new(broadcast(a.shape, b.shape), dtype, name, transposed=a.transposed)
+    del converted
     if g.needs(a, b):
         g.record(out, (a, b), [], _add_backward)
     return out
@@ -161,8 +182,11 @@ def add_scalar(g: Graph, x: Tensor, name: str = "sum") -> Tensor:
 def mul(g: Graph, a: Tensor, b: Tensor, name: str = "product") -> Tensor:
     """`a * b`; saves each operand that the other's gradient needs."""
     needed = g.needs(a, b)
-    saved = g.save(b if a.needs_grad else None, a if b.needs_grad else None) if needed else None
-    out = g.new(broadcast(a.shape, b.shape), promote(a.dtype, b.dtype), name, transposed=a.transposed)
+    saved = g.save(a if b.needs_grad else None, b if a.needs_grad else None) if needed else None
+    dtype = promote(a.dtype, b.dtype)
+    converted = _converted_on_cpu(g, (a, b), dtype)
+    out = g.new(broadcast(a.shape, b.shape), dtype, name, transposed=a.transposed)
+    del converted
     if saved is not None:
         g.record(out, (a, b), saved, _mul_backward)
     return out
@@ -172,7 +196,7 @@ def _mul_backward(
     g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
 ) -> Gradients:
     gradient = gradients[0]
-    b, a = saved
+    a, b = saved
     outputs: Gradients = [None, None]
     for position, factor in ((1, a), (0, b)):
         if factor is not None:
@@ -192,7 +216,9 @@ def scale(g: Graph, x: Tensor, name: str = "scaled") -> Tensor:
 
 def _scale_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
     gradient = gradients[0]
-    return [g.new(gradient.shape, gradient.dtype, "scaled grad", transposed=gradient.transposed)]
+    out = g.new(gradient.shape, gradient.dtype, "scaled grad", transposed=gradient.transposed)
+    out.columns = gradient.columns
+    return [out]
 
 
 def negate(g: Graph, x: Tensor, name: str = "negated") -> Tensor:
@@ -225,6 +251,25 @@ def _unary_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[
     return [
         g.new(gradient.shape, gradient.dtype, "grad of activation function", transposed=gradient.transposed)
     ]
+
+
+def clamp_in_place(g: Graph, x: Tensor) -> None:
+    """`x.clamp_(min, max)`: what x was is copied for backward, which asks it again where it was inside."""
+    if g.needs(x):
+        original = g.new(x.shape, x.dtype, "copy before clamp")
+        source = alias(x)
+        source.node, source.slot, source.needs_grad = x.node, x.slot, x.needs_grad
+        g.record(x, (source,), [original], _clamp_backward)
+
+
+def _clamp_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
+    gradient = gradients[0]
+    zero = g.new((), gradient.dtype, "zero")
+    above = g.new(gradient.shape, "bool", "inside bounds")
+    below = g.new(gradient.shape, "bool", "inside bounds")
+    out = g.new(gradient.shape, gradient.dtype, "grad of clamp")
+    del above, below, zero
+    return [out]
 
 
 def autocast_to_float32(g: Graph, x: Tensor) -> Tensor:
@@ -292,7 +337,7 @@ def dropout(g: Graph, x: Tensor, probability: float) -> Tensor:
 
     (aten/src/ATen/native/Dropout.cpp)
     """
-    if probability == 0:
+    if probability == 0 or not g.training:
         return x
     if g.device == "cpu":
         noise = g.new(x.shape, x.dtype, "dropout mask", transposed=x.transposed)
@@ -305,8 +350,13 @@ def dropout(g: Graph, x: Tensor, probability: float) -> Tensor:
 
 
 def concatenate(g: Graph, parts: tuple[Tensor, ...], shape: Shape, name: str) -> Tensor:
-    """`torch.cat(parts, -1)`; backward narrows the gradient."""
-    out = g.new(shape, parts[0].dtype, name)
+    """`torch.cat(parts, -1)`; backward narrows the gradient. Autocast casts all parts to the widest dtype."""
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = promote(dtype, part.dtype)
+    if g.autocast:
+        parts = tuple(cast(g, part, dtype) for part in parts)
+    out = g.new(shape, dtype, name)
     if g.needs(*parts):
         g.record(out, parts, [], _concatenate_backward, [part.shape for part in parts])
     return out
@@ -322,76 +372,19 @@ def _concatenate_backward(
 
 
 def narrow_last(g: Graph, x: Tensor, size: int) -> Tensor:
-    """`x[..., i : i + size]`, a view; backward writes the gradient into a zeroed tensor of x's size."""
+    """
+    `x[..., i : i + size]`, a view; backward writes the gradient into a zeroed tensor of x's size. All of x is an
+    alias, whose gradient is passed on.
+    """
     out = alias(x, (*x.shape[:-1], size))
-    if g.needs(x):
+    if not g.needs(x):
+        return out
+    if size == x.shape[-1]:
+        g.record(out, (x,), [], _add_backward)
+    else:
         g.record(out, (x,), [], _narrow_backward, x.shape)
     return out
 
 
 def _narrow_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
     return [g.new(node.extra, gradients[0].dtype, "grad of slice")]
-
-
-# -- norms and embedding -----------------------------------------------------------------------------------
-
-
-def rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
-    """LlamaRMSNorm.forward of transformers, line by line: the float32 copy of x and the normalised copy are saved."""
-    dtype = x.dtype
-    x = cast(g, x, "float32")
-    variance = mean_last(g, power(g, x, "square"))
-    x = mul(g, x, rsqrt(g, add_scalar(g, variance)), "normalised")
-    return mul(g, weight, cast(g, x, dtype), "output")
-
-
-def layer_norm(g: Graph, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """native_layer_norm: saves its input and float32 mean and reciprocal deviation per row."""
-    x = autocast_to_float32(g, x)
-    out = g.new(x.shape, x.dtype, "output")
-    rows = (*x.shape[:-1], 1)
-    statistics = "float32" if g.device == "cuda" else x.dtype
-    mean = g.new(rows, statistics, "mean")
-    deviation = g.new(rows, statistics, "reciprocal deviation")
-    if g.needs(x, weight, bias):
-        g.record(out, (x, weight, bias), [x, mean, deviation], _layer_norm_backward)
-    return out
-
-
-def _layer_norm_backward(
-    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
-) -> Gradients:
-    gradient = gradients[0]
-    outputs: Gradients = []
-    for edge, (shape, dtype) in zip(node.edges, node.metadata):
-        outputs.append(None if edge is None else g.new(shape or gradient.shape, dtype, "grad of layer norm"))
-    return outputs
-
-
-def embedding(g: Graph, indices: Tensor, weight: Tensor) -> Tensor:
-    """F.embedding: saves the indices."""
-    out = g.new((*indices.shape, weight.shape[-1]), weight.dtype, "output")
-    if g.needs(weight):
-        g.record(out, (weight,), [indices], _embedding_backward, (weight.shape, indices.shape))
-    return out
-
-
-def _embedding_backward(
-    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
-) -> Gradients:
-    """
-    A dense gradient of the weight's shape.
-
-    Above 3072 indices the CUDA kernel sorts them and sums rows in float32: six index arrays and one row per index
-    (aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu).
-    """
-    gradient = gradients[0]
-    weight_shape, index_shape = node.extra
-    out = g.new(weight_shape, gradient.dtype, "grad of embedding")
-    num_indices = 1
-    for extent in index_shape:
-        num_indices *= extent
-    if g.device == "cuda" and num_indices > 3072:
-        rows = num_indices * weight_shape[-1] * 4
-        g.scratch(*[num_indices * 8] * 6, 512, 512, rows, name="sorted indices and partial rows")
-    return [out]

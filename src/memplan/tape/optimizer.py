@@ -6,54 +6,92 @@ Sources: torch/optim/adam.py, sgd.py, _adafactor.py; bitsandbytes/optim/optimize
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from math import prod
 
 from memplan.job.spec import Job
-from memplan.tape.engine import Graph, Parameter, Tensor
+from memplan.tape.engine import Graph
+from memplan.tape.loss import Locals
+from memplan.tape.scratch import foreach_norm
 from memplan.tape.sharding import layout
+from memplan.tape.tensors import ITEMSIZE, Parameter, Tensor
 
 SMALL_8BIT_ELEMENTS = 4096
 """bitsandbytes keeps float32 states for tensors below this."""
 SMALL_PAGED_ELEMENTS = 100_000
 """bitsandbytes pages only states of tensors from this size on."""
-NORM_CHUNK_ELEMENTS = 65536
-"""Elements per partial sum of _foreach_norm (aten/src/ATen/native/cuda/ForeachReduceOp.cu)."""
+
+
+def parameter_groups(job: Job, parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    """
+    Parameters as the trainers group them: with weight decay, and in transformers' Trainer always, matrices and vectors
+    (train/optimizer.py; trainer.py, create_optimizer).
+    """
+    if not job.train.weight_decay and job.loop != "hf_trainer":
+        return [list(parameters)]
+    matrices = [parameter for parameter in parameters if len(parameter.shape) > 1]
+    vectors = [parameter for parameter in parameters if len(parameter.shape) <= 1]
+    return [group for group in (matrices, vectors) if group]
 
 
 class OptimizerProgram:
     """Runs the optimizer of a job over the trainable parameters, in a graph."""
 
-    def __init__(self, g: Graph, job: Job, parameters: list[Parameter], num_elements: int) -> None:
+    def __init__(
+        self,
+        g: Graph,
+        job: Job,
+        parameters: list[Parameter],
+        num_elements: int,
+        embeddings: Collection[str] = (),
+    ) -> None:
         self.g = g
         self.job = job
         self.parameters = parameters
         self.num_elements = num_elements
+        self.embeddings = embeddings
         self.states: list[Tensor] = []
-        self.on_host = layout(job).optimizer_on_host
+        self.has_states = False
+        self.on_host = layout(job, g.device).optimizer_on_host
+        self.in_trainer = job.loop == "hf_trainer"
+        """
+        transformers' Trainer takes the norm of the gradients whether it clips or not, has matrices and vectors in two
+        groups with or without weight decay, and keeps the states of embeddings in 32 bits where others have 8
+        (trainer.py, _get_grad_norm and create_optimizer).
+        """
 
     def step(self, number: int) -> None:
         """Step `number`: states where there are none yet, then the update."""
-        g = self.g
-        if self.job.train.max_grad_norm is not None:
+        if (self.in_trainer or self.job.train.max_grad_norm is not None) and not self.job.offload.params:
             self._clip(number)
+        self.update(number)
+
+    def update(self, number: int) -> None:
+        """A step without the norm of the gradients."""
+        g = self.g
         if self.on_host:
             return
-        if not self.states:
-            self.create_states()
-        outer, g.path = g.path, "optimizer"
-        g.category = "workspace"
-        self._update(number)
-        g.category = "activations"
-        g.path = outer
+        creates = not self.has_states
+        for index, group in enumerate(self._groups()):
+            if creates:
+                self._create_states(index, group)
+            outer, g.path, g.category = g.path, "optimizer", "workspace"
+            self._update(group, f"{index} {number}" if index else f"{number}")
+            g.category, g.path = "activations", outer
+        self.has_states = True
 
     def create_states(self) -> None:
         """What the first step creates, for every trained parameter."""
+        if not self.on_host:
+            for index, group in enumerate(self._groups()):
+                self._create_states(index, group)
+        self.has_states = True
+
+    def _create_states(self, index: int, parameters: list[Parameter]) -> None:
         g = self.g
-        if self.on_host:
-            return
         outer, g.path, g.category = g.path, "optimizer", "optimizer"
-        g.begin("optimizer_states")
-        for parameter in self.parameters:
+        g.begin(f"optimizer_states {index}")
+        for parameter in parameters:
             g.enter(parameter.layer)
             self._create(parameter)
         g.enter(None)
@@ -63,9 +101,12 @@ class OptimizerProgram:
         """zero_grad(set_to_none=True)"""
         g = self.g
         g.begin(f"zero_grad {number}")
-        for parameter in self.parameters:
-            g.enter(parameter.layer)
-            parameter.grad = parameter.sharded_grad = None
+        for index, group in enumerate(self._groups()):
+            if index:
+                g.begin(f"zero_grad {index} {number}")
+            for parameter in group:
+                g.enter(parameter.layer)
+                parameter.grad = parameter.sharded_grad = None
         g.enter(None)
 
     # -- states --------------------------------------------------------------------------------------------
@@ -95,6 +136,8 @@ class OptimizerProgram:
     def _create_bitsandbytes(self, parameter: Parameter, count: int) -> None:
         """Adam of bitsandbytes: 8-bit states with a float32 constant per 256; paged ones in managed memory."""
         eight_bit = "8bit" in self.job.optimizer and count >= SMALL_8BIT_ELEMENTS
+        if self.in_trainer and parameter.name in self.embeddings:
+            eight_bit = False
         paged = self.job.optimizer.startswith("paged") and count >= SMALL_PAGED_ELEMENTS
         for state in ("state1", "state2"):
             if not paged:
@@ -105,20 +148,23 @@ class OptimizerProgram:
 
     # -- update --------------------------------------------------------------------------------------------
 
-    def _update(self, number: int) -> None:
+    def _update(self, group: list[Parameter], label: str) -> None:
         name, kernel = self.job.optimizer, self.job.optimizer_kernel
-        if name == "adamw" and kernel == "foreach":
-            self._update_foreach(number)
+        if name in ("adamw", "adafactor") and kernel == "foreach":
+            self._update_foreach(group, label)
         elif name == "adamw" and kernel == "loop":
-            self._update_loop(number)
+            self._update_loop(group, label)
         elif name == "adafactor":
-            self._update_adafactor(number)
+            self._update_adafactor(group, label)
 
-    def _update_foreach(self, number: int) -> None:
-        """_multi_tensor_adam: one more tensor per parameter, for all parameters of a dtype at once."""
+    def _groups(self) -> list[list[Parameter]]:
+        return parameter_groups(self.job, self.parameters)
+
+    def _update_foreach(self, parameters: list[Parameter], number: str) -> None:
+        """_multi_tensor_adam: one more tensor per parameter, for all parameters of a group and dtype at once."""
         g = self.g
-        for dtype in dict.fromkeys(parameter.stored_dtype for parameter in self.parameters):
-            group = [parameter for parameter in self.parameters if parameter.stored_dtype == dtype]
+        for dtype in dict.fromkeys(parameter.stored_dtype for parameter in parameters):
+            group = [parameter for parameter in parameters if parameter.stored_dtype == dtype]
             g.begin(f"foreach {dtype} {number}")
             roots = []
             for parameter in group:
@@ -132,13 +178,13 @@ class OptimizerProgram:
                 roots.pop()
         g.enter(None)
 
-    def _update_loop(self, number: int) -> None:
+    def _update_loop(self, parameters: list[Parameter], number: str) -> None:
         """_single_tensor_adam: `denom` of one parameter lives until the next one's is made."""
         g = self.g
         g.begin(f"loop {number}")
         denominator: Tensor | None = None
         fresh: Tensor | None
-        for parameter in self.parameters:
+        for parameter in parameters:
             g.enter(parameter.layer)
             root = g.new(
                 parameter.local_shape,
@@ -154,42 +200,67 @@ class OptimizerProgram:
         g.enter(None)
         del denominator
 
-    def _update_adafactor(self, number: int) -> None:
+    def _update_adafactor(self, parameters: list[Parameter], number: str) -> None:
         """
-        _single_tensor_adafactor: an update of the parameter's size (a local that lives until the next parameter's),
-        with row and column means on the way.
+        _single_tensor_adafactor: an update of the parameter's size, from means of rows and columns, and the norms of
+        both on the way. Locals of one parameter live until the next one's take their names.
         """
         g = self.g
         g.begin(f"loop {number}")
-        update: Tensor | None = None
-        fresh: Tensor | None
-        for parameter in self.parameters:
+        kept = Locals()
+        for parameter in parameters:
             g.enter(parameter.layer)
-            fresh = g.new(
-                parameter.local_shape, parameter.stored_dtype, f"{parameter.name} update", "workspace"
-            )
-            update, fresh = fresh, None
+            name, shape, dtype = parameter.name, parameter.local_shape, parameter.stored_dtype
+            scalar = ITEMSIZE[dtype]
+            g.scratch(scalar, name="norm of parameter")
+            if len(shape) > 1:
+                rows, columns = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
+                kept["rows"] = g.new(rows, dtype, f"{name} mean squares of rows", "workspace")
+                kept["columns"] = g.new(columns, dtype, f"{name} mean squares of columns", "workspace")
+            else:
+                kept["squares"] = g.new(shape, dtype, f"{name} squares of grad", "workspace")
+            kept["estimate"] = g.new(shape, dtype, f"{name} update", "workspace")
+            if len(shape) > 1:
+                g.scratch(scalar * prod(shape[:-2]), name="mean of rows")
+            kept["update"] = kept["estimate"]
+            g.scratch(scalar, name="norm of update")
         g.enter(None)
-        del update
+        kept.clear()
 
     def _clip(self, number: int) -> None:
-        """clip_grad_norm_: a scalar per gradient, and the kernel's partial sums."""
+        """clip_grad_norm_: a scalar per gradient, with the kernel's partial sums, their norm, and a factor from it."""
         g = self.g
         outer = g.category, g.path
         g.category, g.path = "workspace", "clip_grad_norm_"
+        total = self._total_norm(number)
+        dtype = total.dtype
+        denominator = g.new((), dtype, "norm plus epsilon")
+        reciprocal = g.new((), dtype, "reciprocal")
+        factor = g.new((), dtype, "factor")
+        del reciprocal, denominator
+        clamped = g.new((), dtype, "factor of at most 1")
+        del factor, clamped, total
+        g.category, g.path = outer
+
+    def _total_norm(self, number: int) -> Tensor:
+        g = self.g
         largest = max(prod(parameter.local_shape) for parameter in self.parameters)
         g.begin(f"clip {number}")
-        partial = g.storage(
-            self.num_elements * -(-largest // NORM_CHUNK_ELEMENTS) * 4, "partial sums of norms"
-        )
+        partial = [
+            g.storage(size, "partial sums of norms") for size in foreach_norm(self.num_elements, largest)
+        ]
         norms = []
         for parameter in self.parameters:
             g.enter(parameter.layer)
             norms.append(g.new((), parameter.stored_dtype, f"{parameter.name} norm of grad"))
         g.begin(f"clip freed {number}")
-        del partial
+        partial.clear()
+        dtype = norms[0].dtype
+        stacked = g.new((self.num_elements,), dtype, "norms")
+        total = g.new((), dtype, "norm of all gradients")
+        del stacked
         for parameter in reversed(self.parameters):
             g.enter(parameter.layer)
             norms.pop()
         g.enter(None)
-        g.category, g.path = outer
+        return total

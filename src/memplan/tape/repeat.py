@@ -19,6 +19,8 @@ from memplan.tape.engine import Graph
 from memplan.tape.tape import Mark, Storage, Tape
 
 _EXTERNAL = -(1 << 40)
+LONGEST_PERIOD = 12
+"""Gemma 3's six blocks, every second one of them checkpointed or not."""
 
 
 class NotRepeatable(Exception):
@@ -32,12 +34,22 @@ class Selection:
     layers: tuple[int, ...]
     periods: dict[int, int]
 
+    def representative(self, layer: int) -> int:
+        """The recorded block that stands for a block: itself where it is recorded."""
+        last = self.layers[bisect_right(self.layers, layer) - 1]
+        period = self.periods.get(last)
+        if period is None or layer == last:
+            return last
+        first = last - period + 1
+        return first + (layer - first) % period
+
 
 def choose_layers(kinds: Sequence[Hashable]) -> Selection:
     """
     The blocks to record, given what kind each block is.
 
-    Runs of one kind, or of two kinds in turn, longer than four periods are cut to the first three periods and the last.
+    Runs of kinds that come back after a period, longer than four periods, are cut to the first three periods and the
+    last; of several periods that one which leaves out most.
 
     >>> choose_layers("a" * 32)
     Selection(layers=(0, 1, 2, 31), periods={2: 1})
@@ -48,21 +60,27 @@ def choose_layers(kinds: Sequence[Hashable]) -> Selection:
     periods: dict[int, int] = {}
     start = 0
     while start < len(kinds):
-        for period in (1, 2):
-            end = start + period
-            while end < len(kinds) and kinds[end] == kinds[end - period]:
-                end += 1
-            end -= (end - start) % period
-            if end - start > 4 * period:
-                third = start + 3 * period
-                layers += [*range(start, third), *range(end - period, end)]
-                periods[third - 1] = period
-                start = end
-                break
+        period, end = max(
+            ((period, _end_of_run(kinds, start, period)) for period in range(1, LONGEST_PERIOD + 1)),
+            key=lambda run: run[1] - start - 4 * run[0],
+        )
+        if end - start > 4 * period:
+            third = start + 3 * period
+            layers += [*range(start, third), *range(end - period, end)]
+            periods[third - 1] = period
+            start = end
         else:
             layers.append(start)
             start += 1
     return Selection(tuple(layers), periods)
+
+
+def _end_of_run(kinds: Sequence[Hashable], start: int, period: int) -> int:
+    """Where the whole periods of a run that begins at `start` end."""
+    end = start + period
+    while end < len(kinds) and kinds[end] == kinds[end - period]:
+        end += 1
+    return end - (end - start) % period
 
 
 @dataclass
@@ -82,6 +100,10 @@ class Template:
     external_ids: list[int] = field(default_factory=list)
     """The recorded storage of each external free."""
     occurrence: int = 0
+
+    def freed_from(self) -> list[tuple[str, int | None]]:
+        """(group, block) of the storages of others that are freed here; which ones depends on what block 0 is."""
+        return [(group, relative) for group, relative, _, _ in self.externals]
 
 
 @dataclass
@@ -104,6 +126,7 @@ class Expansion:
         selection: Selection,
     ) -> None:
         self.graph = graph
+        self.selection = selection
         self.layers = selection.layers
         self.periods = selection.periods
         self.position = {layer: index for index, layer in enumerate(self.layers)}
@@ -172,12 +195,17 @@ class Expansion:
             for layer in range(last - period + 1, last + 1):
                 repeated_layers.add(layer)
                 for group in groups:
-                    alike = [
-                        [template.sizes for template in by_key.get((group, neighbour), [])]
+                    before, here, after = (
+                        by_key.get((group, neighbour), [])
                         for neighbour in (layer - period, layer, layer - last + following + period - 1)
-                    ]
-                    if len(alike[1]) > 1 or not alike[0] == alike[1] == alike[2]:
+                    )
+                    if not here:
+                        continue  # visits to the first or the last blocks only, as what is left of others
+                    alike = len(before) == len(here) == len(after) == 1
+                    if not alike or not before[0].sizes == here[0].sizes == after[0].sizes:
                         raise NotRepeatable(f"{group}: block {layer} is unlike its neighbours")
+                    if before[0].codes != here[0].codes or before[0].freed_from() != here[0].freed_from():
+                        raise NotRepeatable(f"{group}: block {layer} frees otherwise than its neighbour")
         for template in self.templates:
             if template.layer is None and any(
                 layer in repeated_layers for _, layer, _, _ in template.externals
@@ -196,7 +224,7 @@ class Expansion:
                 previous = last_layer.get(template.group)
                 last_layer[template.group] = layer
                 for missing in self._missing(previous, layer):
-                    repeated = by_key.get((template.group, self._representative(missing)))
+                    repeated = by_key.get((template.group, self.selection.representative(missing)))
                     if repeated is not None:
                         self.instances.append(Instance(repeated, missing, next_id))
                         next_id += len(repeated.sizes)
@@ -209,13 +237,6 @@ class Expansion:
         if previous is None or abs(self.position[previous] - self.position[layer]) != 1:
             return range(0)
         return range(previous + 1, layer) if previous < layer else range(previous - 1, layer, -1)
-
-    def _representative(self, layer: int) -> int:
-        """The recorded block that stands for one left out."""
-        last = self.layers[bisect_right(self.layers, layer) - 1]
-        period = self.periods[last]
-        first = last - period + 1
-        return first + (layer - first) % period
 
     def _place(self, marks: list[tuple[int, str, int]], starts: list[int]) -> list[tuple[int, str, int]]:
         """Marks by the index of the instance they precede."""
@@ -266,7 +287,6 @@ class Expansion:
         streams: dict[int, int] = {}
         bases: dict[tuple[str, int | None, int], int] = {}
         starts = []
-        append = events.append
         graph_streams = self.graph.streams
         for instance in self.instances:
             template, layer, base = instance.template, instance.layer, instance.base
@@ -279,13 +299,10 @@ class Expansion:
                 + 1
                 for group, block, occurrence, entry in template.externals
             ]
-            for code in template.codes:
-                if code > 0:
-                    append(code + base)
-                elif code > _EXTERNAL:
-                    append(code - base)
-                else:
-                    append(-externals[_EXTERNAL - code])
+            events += [
+                code + base if code > 0 else code - base if code > _EXTERNAL else -externals[_EXTERNAL - code]
+                for code in template.codes
+            ]
             if graph_streams:
                 for entry in range(len(template.sizes)):
                     stream = graph_streams.get(template.first_id + entry)
@@ -299,10 +316,13 @@ class Expansion:
         """Category of each storage of the flat tape, by id."""
         info = self.graph.info
         names = [""]
+        known: dict[int, list[str]] = {}
         for instance in self.instances:
             template = instance.template
             first = template.first_id
-            names += [info[first + entry][0] for entry in range(len(template.sizes))]
+            if first not in known:
+                known[first] = [info[first + entry][0] for entry in range(len(template.sizes))]
+            names += known[first]
         return names
 
     def describe(self, storage_id: int) -> Storage:

@@ -7,21 +7,32 @@ The programs run over a few blocks per kind of block; repeat.py writes the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import prod
 
-from memplan.errors import UnknownModel
+from memplan.errors import JobError, UnknownModel
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 from memplan.tape.behaviour import Behaviour as Behaviour
-from memplan.tape.engine import Graph, Tensor
+from memplan.tape.encoders import refuse_for_encoder
+from memplan.tape.engine import Graph
+from memplan.tape.fsdp1 import Fsdp1Units
+from memplan.tape.fsdp2 import Fsdp2Units
 from memplan.tape.kernels import liger_loss, triton_cross_entropy
-from memplan.tape.linear import linear
 from memplan.tape.loss import chunked_loss, cross_entropy, full_loss
-from memplan.tape.model import Builder, Model
-from memplan.tape.ops import cast
+from memplan.tape.model import Builder
+from memplan.tape.ops import cast, scale, unary_saving_output
 from memplan.tape.optimizer import OptimizerProgram
-from memplan.tape.programs import Settings, decoder
+from memplan.tape.parts import Model
+from memplan.tape.programs import FAMILIES, Settings, decoder
+from memplan.tape.programs import logits as logits_of
+from memplan.tape.sharding import Units
+from memplan.tape.targets import check_targets
+from memplan.tape.tensors import Tensor
+from memplan.tape.zero import ZeroOptimizer
+from memplan.tape.zero_groups import zero_stage
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+NPT_FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+"""Families whose blocks `memplan.npt` converts; Mistral counts as `llama`."""
 
 
 @dataclass
@@ -57,6 +68,8 @@ def record(
             f"the shape writer has no program for `{architecture.family}` models (`{architecture.name}`)",
             hint=f"families with a program: {', '.join(FAMILIES)}",
         )
+    _refuse_what_does_not_run(job, architecture)
+    check_targets(job, architecture)
     behaviour = behaviour or Behaviour.for_job(job)
     if job.method == "npt":
         # Converted models train in eval mode: a teacher with dropout is a noisy one.
@@ -64,26 +77,76 @@ def record(
             architecture, attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0
         )
     g = Graph(device)
+    g.target = behaviour.target(device)
     if device == "cuda":
         g.workspace_bytes = behaviour.cublas_workspace_bytes
     g.autocast = job.autocast
     recording = Recording(g, layers=tuple(layers))
     recording.mark("load", 0)
-    model = Builder(g, job, architecture, layers).build(
-        npt_layers(job, architecture), checkpointed_layers(job, architecture)
-    )
-    if g.units is not None:
-        g.units.flat = behaviour.fsdp1
+    if behaviour.products_before:
+        g.begin("before")
+        g.claim_workspaces()
+    builder = Builder(g, job, architecture, layers, behaviour)
+    checkpointed = checkpointed_layers(job, architecture.num_hidden_layers)
+    model = builder.build(npt_layers(job, architecture), checkpointed)
+    g.units = None if zero_stage(job) else _units(g, job, builder, behaviour)
     recording.num_trainable = len(model.trainable)
-    optimizer = OptimizerProgram(g, job, model.trainable, _num_trainable(model, architecture, layers))
+    optimizer = _optimizer(g, job, model, layers)
     loop = Loop(g, job, model, behaviour, recording)
     if first_step > 1:
         optimizer.create_states()
+        if job.method == "npt":
+            from memplan.tape.npt import measured_before
+
+            measured_before(g, model.blocks, loop.settings)
     for step in range(first_step, num_steps + 1):
         loop.step(step, optimizer)
+    if evaluates(job):
+        loop.evaluate(num_steps)
     recording.mark("end", num_steps)
     recording.events = g.events[:]  # what is freed from here on, when the model goes, is not part of the tape
     return recording
+
+
+def _units(g: Graph, job: Job, builder: Builder, behaviour: Behaviour) -> Units | None:
+    """What gathers and reduces the model's units, if anything does."""
+    degrees = builder.layout
+    if not (degrees.gathers or degrees.gradients > 1):
+        return None
+    if behaviour.fsdp1:
+        has_adapter_units = job.method in ("lora", "qlora") and not behaviour.whole_adapters
+        return Fsdp1Units(g, degrees, builder.contents, adapter_units=has_adapter_units)
+    return Fsdp2Units(g, degrees, builder.contents, has_backward=job.method != "npt")
+
+
+def _optimizer(g: Graph, job: Job, model: Model, layers: list[int]) -> OptimizerProgram | ZeroOptimizer:
+    """What steps the model's parameters; DeepSpeed's also hooks on to its backward pass."""
+    if zero_stage(job):
+        g.units = zero = ZeroOptimizer(g, job, model.trainable, model.architecture.hidden_size)
+        return zero
+    return OptimizerProgram(
+        g,
+        job,
+        model.trainable,
+        _num_trainable(model, model.architecture, layers),
+        [name for name, parameter in model.outside.items() if len(parameter.shape) > 1],
+    )
+
+
+def _refuse_what_does_not_run(job: Job, architecture: Architecture) -> None:
+    if architecture.is_encoder:
+        refuse_for_encoder(job)
+    if job.attention == "sdpa" and architecture.attn_logit_softcapping is not None:
+        # sdpa_attention_forward raises ValueError (transformers/integrations/sdpa_attention.py).
+        raise JobError(
+            f"`{architecture.name}` caps its attention scores, which `attention: sdpa` cannot",
+            hint="use `--set attention=eager`",
+        )
+    if job.method == "npt" and architecture.family not in NPT_FAMILIES:
+        raise UnknownModel(
+            f"blocks of `{architecture.family}` models (`{architecture.name}`) cannot become NPT blocks",
+            hint=f"these can: {', '.join(NPT_FAMILIES)}",
+        )
 
 
 def _num_trainable(model: Model, architecture: Architecture, layers: list[int]) -> int:
@@ -102,12 +165,17 @@ def npt_layers(job: Job, architecture: Architecture) -> frozenset[int]:
     return frozenset(layer_indices(job.npt.layers, architecture.num_hidden_layers))
 
 
-def checkpointed_layers(job: Job, architecture: Architecture) -> frozenset[int]:
-    """Blocks that are recomputed in backward: all, every second one, or none."""
+def checkpointed_layers(job: Job, num_layers: int) -> frozenset[int]:
+    """Blocks of so many that are recomputed in backward: all, every second one, or none."""
     every = {"none": None, "selective": 2, "full": 1}[job.activation_checkpointing]
     if every is None:
         return frozenset()
-    return frozenset(range(every - 1, architecture.num_hidden_layers, every))
+    return frozenset(range(every - 1, num_layers, every))
+
+
+def evaluates(job: Job) -> bool:
+    """Whether the tape ends with an evaluation: by the trainer's own loop, on one device."""
+    return job.data.eval is not None and job.loop == "memplan" and job.world_size == 1
 
 
 class Loop:
@@ -120,19 +188,31 @@ class Loop:
         self.behaviour = behaviour
         self.recording = recording
         self.settings = Settings(job.attention, behaviour, offload_inputs=job.activation_offload)
-        self.batch: tuple[Tensor, Tensor] | None = None
-        self.output: Tensor | None = None
+        self.packed = job.packing and job.loop == "memplan"
+        self.batch: tuple[Tensor, ...] = ()
+        self.batches: list[tuple[Tensor, ...]] = []
+        self.output: list[Tensor] = []
+        self.metrics: list[Tensor] = []
         self.held_cache: list[tuple[int, Tensor]] = []
 
-    def step(self, number: int, optimizer: OptimizerProgram) -> None:
+    def step(self, number: int, optimizer: OptimizerProgram | ZeroOptimizer) -> None:
         """One optimizer step; from the third micro batch on nothing changes, so no more are written."""
         recording = self.recording
-        for micro in range(1, min(self.job.gradient_accumulation_steps, 3) + 1):
+        is_own = self.job.loop == "memplan"
+        total = self.sum_of_losses(number) if is_own and self.job.method != "npt" else None
+        num_micro_batches = min(self.job.gradient_accumulation_steps, 3)
+        for micro in range(1, num_micro_batches + 1):
             recording.mark("forward", number)
+            if self.g.units is not None:
+                self.g.units.is_last = micro == num_micro_batches
             length = self.behaviour.first_length if number == 1 else None
-            loss = self.forward(f"{number}.{micro}", length or self.job.max_seq_len)
+            length = length or self.job.max_seq_len
+            self.g.begin(f"forward {number}.{micro}")
+            self.load_batch(micro, length)
+            if self.model.buckets is not None and micro == 1:  # the first after gradients were reduced
+                self.model.buckets.rebuild()
+            loss = self.forward(f"{number}.{micro}")
             if loss is not None:
-                self.g.leave_autocast()  # casts of weights live until autocast ends; the graph keeps its own
                 recording.mark("backward", number)
                 self.g.begin(f"backward {number}.{micro}")
                 if self.behaviour.fsdp1 and self.job.method != "full":
@@ -140,12 +220,52 @@ class Loop:
                 self.g.backward(loss)
                 self.release_kept(f"{number}.{micro}")
                 del loss
+            if is_own:
+                self.batch, self.settings.position_ids = (), None
+        self.add_up_gradients(number)
+        self.metrics = []
+        del total
         recording.mark("optimizer_step", number)
         optimizer.step(number)
         if self.behaviour.step_is_function:
             self.settings.cache = []
-            self.replace_output(None)
+            self.replace_output([])
         optimizer.zero_grad(number)
+
+    def add_up_gradients(self, number: int) -> None:
+        """Of NPT, which no hook of DDP or FSDP sees: all of them in one tensor (train/parallel.py)."""
+        if self.job.method != "npt" or self.job.world_size == 1:
+            return
+        recorded = sum(prod(parameter.shape) for parameter in self.model.trainable)
+        num_recorded = len({parameter.layer for parameter in self.model.trainable})
+        count = recorded * len(npt_layers(self.job, self.model.architecture)) // num_recorded
+        self.g.begin(f"gradients added up {number}")
+        flat = self.g.new((count,), "float32", "gradients of all NPT blocks", "comm")
+        del flat
+
+    def evaluate(self, number: int) -> None:
+        """
+        One batch of an evaluation after step `number` (train/loop.py): the model in eval mode, nothing saved for
+        backward, with the optimizer's states in place.
+        """
+        self.recording.mark("evaluation", number)
+        self.g.training = False
+        with self.g.no_grad():
+            self.g.begin(f"forward evaluation {number}")
+            self.batch = self.new_batch(self.job.max_seq_len)
+            if self.job.method == "npt":
+                from memplan.tape.npt import evaluate
+
+                num_converted = len(npt_layers(self.job, self.model.architecture))
+                evaluate(self.g, self.model, self.batch, self.job, self.settings, num_converted)
+            else:
+                self.forward(f"evaluation {number}")
+        self.g.leave_autocast()
+        self.g.training = True
+
+    def sum_of_losses(self, number: int) -> Tensor:
+        self.g.begin(f"step {number}")
+        return self.g.new((), "float32", "sum of losses", "logits_loss")
 
     def release_kept(self, label: str) -> None:
         """What FSDP1's hooks kept goes, block by block."""
@@ -157,59 +277,120 @@ class Loop:
             kept.pop()
         self.g.enter(None)
 
-    def forward(self, label: str, length: int) -> Tensor | None:
+    def load_batch(self, micro: int, length: int) -> None:
+        """Micro batch number `micro` of a step takes the place of the one before."""
+        if not self.behaviour.prefetch:
+            self.batch = self.new_batch(length)
+            return
+        if micro == 1:
+            self.batches = [self.new_batch(length) for _ in range(self.job.gradient_accumulation_steps)]
+            for _, labels in self.batches:
+                num_counted = length if self.model.architecture.is_encoder else length - 1
+                counted = self.g.new((labels.shape[0], num_counted), "bool", "targets", "inputs")
+                del counted
+        self.batch = self.batches[micro - 1]
+
+    def new_batch(self, length: int) -> tuple[Tensor, ...]:
+        """Ids and labels on the device, and positions where rows are packed."""
         g, job = self.g, self.job
-        g.begin(f"forward {label}")
         shape = (job.micro_batch_size, length)
+        if self.packed and job.attention == "flash_attention_2":
+            shape = (1, prod(shape))  # the trainer hands it all documents in one row (train/data.py, flatten)
         ids = g.new(shape, "int64", "input ids", "inputs")
         labels = g.new(shape, "int64", "labels", "inputs")
-        self.batch = (ids, labels)
-        self.settings.cache = []
-        if job.method == "npt":
-            from memplan.tape.npt import local_step
+        if self.packed:
+            self.settings.position_ids = g.new(shape, "int64", "position ids", "inputs")
+        return ids, labels
 
-            local_step(g, self.model, ids, job, self.settings)
+    def forward(self, label: str) -> Tensor | None:
+        g, job = self.g, self.job
+        ids, labels = self.batch
+        self.settings.cache = []
+        if g.units is not None:
+            g.units.before_forward(None, None)
+        loss = None
+        if job.method == "npt":
+            from memplan.tape.npt import end_to_end_step, local_step, objective, read_metrics
+
+            num_converted = len(npt_layers(job, self.model.architecture))
+            if job.npt.objective == "end_to_end":
+                return end_to_end_step(g, self.model, ids, job, self.settings, label, num_converted)
+            last_hidden = local_step(g, self.model, ids, job, self.settings)
             g.leave_autocast()
-            return None
-        hidden = [decoder(g, self.model, ids, self.settings)]
-        g.category = "logits_loss"
-        with g.module("loss"):
-            loss = self.loss(hidden, labels)
-        g.category = "activations"
+            del last_hidden
+            self.metrics = read_metrics(g, num_converted)
+            objective(g, num_converted)
+        else:
+            hidden = [decoder(g, self.model, ids, self.settings)]
+            g.category = "logits_loss"
+            with g.module("loss"):
+                loss = self.loss(hidden, labels)
+            g.category = "activations"
+        if g.units is not None:
+            g.units.after_forward(None)
         return loss
 
     def loss(self, held: list[Tensor], labels: Tensor) -> Tensor:
         """`held` is the only reference to the hidden states, so that they can go as early as the loop lets them."""
         g, behaviour, head = self.g, self.behaviour, self.model.head
-        if self.job.loss == "chunked":
-            return chunked_loss(g, held.pop(), head, labels)
-        if self.job.loss == "fused":
+        softcapped = self.model.architecture.final_logit_softcapping is not None
+        is_own, is_encoder = self.job.loop == "memplan", self.model.architecture.is_encoder
+        form = self.job.loss_form(plain_head=head.is_plain)
+        if form != "full" and not head.has_only_weight:
+            raise JobError(
+                f"`loss: {form}` needs an output head that is one linear layer without bias or adapter, not in 4 bits",
+                hint="use `--set loss=full`, or keep `lm_head` out of `lora.target_modules` and in `quantization.skip`",
+            )
+        if form != "full":
+            self.settings.input_leaf = None
+        if form == "chunked":
+            loss = chunked_loss(g, held[0], head, labels, softcapped=softcapped)
+            g.leave_autocast()
+            return loss
+        if form == "fused":
             hidden = held.pop()
-            return liger_loss(g, hidden, head, labels, before_0_5=behaviour.liger_before_0_5)
-        logits = linear(g, held[0], head)
-        if behaviour.float_logits:
-            logits = cast(g, logits, "float32")
+            loss = liger_loss(g, hidden, head, labels, before_0_5=behaviour.liger_before_0_5)
+            g.leave_autocast()
+            return loss
+        logits = logits_of(g, self.model, held[0])
         if not behaviour.hold_hidden:
             held.pop()
+        if softcapped:
+            logits = scale(g, logits, "logits over cap")
+            logits = unary_saving_output(g, logits, "tanh of logits")
+            logits = scale(g, logits, "capped logits")
+        if behaviour.float_logits:
+            logits = cast(g, logits, "float32")
         loss = full_loss(
             g,
             logits,
             labels,
-            upcast=behaviour.upcast_logits,
+            upcast=behaviour.upcast_logits and (is_own or not is_encoder),
             shift_logits=behaviour.shift_logits,
+            divide=is_own,
+            shifts=not is_encoder,
             kernel=triton_cross_entropy if behaviour.triton_loss else cross_entropy,
         )
         if behaviour.float_output:
             held.clear()
+            g.leave_autocast()  # accelerate's copy comes after the region it has put around `forward`
             logits = cast(g, logits, "float32")
         if behaviour.hold_logits:
-            self.replace_output(logits)
+            held.clear()
+            leaf = self.settings.input_leaf
+            self.replace_output([logits, loss] if leaf is None else [logits, loss, leaf])
+            del leaf
+        self.settings.input_leaf = None
+        self.g.leave_autocast()  # casts of weights live until autocast ends; the graph keeps its own
         return loss
 
-    def replace_output(self, logits: Tensor | None) -> None:
-        """The model's new output takes the place of the one held since the last step: its logits, its cache."""
+    def replace_output(self, output: list[Tensor]) -> None:
+        """
+        The model's new output takes the place of the one held since the last step: its loss, which keeps the leaves of
+        its graph, its logits and its cache.
+        """
         g = self.g
-        self.output = logits
+        self.output = output
         held, self.held_cache = self.held_cache, self.settings.cache
         held.reverse()
         g.begin(f"cache freed {len(g.stretches)}")

@@ -6,14 +6,15 @@ writers (shape, trace, snapshot) and everything that reads them (allocator, budg
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 CATEGORIES = (
     "weights", "quant_state", "adapters", "gradients", "optimizer", "activations", "logits_loss", "inputs",
-    "workspace", "comm",
+    "workspace", "comm", "unknown",
 )  # fmt: skip
-"""Categories of GPU storages inside torch's allocator."""
+"""Categories of GPU storages inside torch's allocator; `unknown` is only in tapes that were recorded."""
 
-PHASES = ("load", "forward", "backward", "optimizer_step")
+PHASES = ("load", "forward", "backward", "optimizer_step", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,33 @@ class Tape:
     sizes: list[int]
     marks: list[Mark]
     streams: dict[int, int] = field(default_factory=dict)
+
+
+class WrittenTape(Protocol):
+    """What every writer returns: a tape, and what each of its storages holds."""
+
+    def flatten(self) -> Tape:
+        """The tape, every event of it."""
+
+    def categories(self) -> list[str]:
+        """Category by storage id; that of id 0 means nothing."""
+
+    def describe(self, storage_id: int) -> Storage:
+        """What a storage holds."""
+
+
+@dataclass(frozen=True)
+class FlatTape:
+    """A tape whose storages are listed one by one: `storages[0]` describes id 1."""
+
+    tape: Tape
+    storages: list[Storage]
+
+    def flatten(self) -> Tape:
+        return self.tape
+
+    def categories(self) -> list[str]:
+        return ["", *(storage.category for storage in self.storages)]
+
+    def describe(self, storage_id: int) -> Storage:
+        return self.storages[storage_id - 1]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 from memplan.tape.repeat import Expansion, NotRepeatable, Selection, choose_layers
 from memplan.tape.shape import Behaviour, checkpointed_layers, npt_layers, record
+from memplan.tape.vocabulary import with_special_tokens
+from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
 
 NUM_STEPS = 2
 """Optimizer states appear in the first step; from the second on every step is the same."""
@@ -26,14 +30,28 @@ def write_tape(
     `device` is `cuda` or `cpu`: kernels differ in what they allocate. Raises UnknownModel where there is no program,
     JobError where the job asks for what no loop does.
     """
-    converted, checkpointed = npt_layers(job, architecture), checkpointed_layers(job, architecture)
-    kinds = [(layer in converted, layer in checkpointed) for layer in range(architecture.num_hidden_layers)]
+    architecture = with_special_tokens(job, architecture)
+    if zero_stage(job):  # partitions and buckets end inside blocks, so that no two blocks need be alike
+        behaviour = behaviour or replace(Behaviour.for_job(job), float_output=False)
+        job, selection = as_deepspeed_runs_it(job), _every_block(architecture)
+        return _expand(job, architecture, selection, device, behaviour, num_steps, first_step)
+    converted, checkpointed = (
+        npt_layers(job, architecture),
+        checkpointed_layers(job, architecture.num_hidden_layers),
+    )
+    attention = architecture.layer_types or ("",) * architecture.num_hidden_layers
+    kinds = [(layer in converted, layer in checkpointed, kind) for layer, kind in enumerate(attention)]
     selection = choose_layers(kinds)
     try:
         return _expand(job, architecture, selection, device, behaviour, num_steps, first_step)
     except NotRepeatable:
-        every = Selection(tuple(range(architecture.num_hidden_layers)), {})
-        return _expand(job, architecture, every, device, behaviour, num_steps, first_step)
+        return _expand(
+            job, architecture, _every_block(architecture), device, behaviour, num_steps, first_step
+        )
+
+
+def _every_block(architecture: Architecture) -> Selection:
+    return Selection(tuple(range(architecture.num_hidden_layers)), {})
 
 
 def _expand(

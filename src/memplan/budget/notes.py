@@ -1,0 +1,80 @@
+"""What a person should know of a plan because of the model's architecture; the warnings of a result."""
+
+from __future__ import annotations
+
+from math import prod
+
+from memplan.job.problems import listed
+from memplan.job.spec import DTYPE_BYTES, Job
+from memplan.model.architecture import Architecture
+from memplan.model.families import layout
+from memplan.tape.backends import Target
+from memplan.tape.behaviour import compute_capability
+from memplan.tape.targets import targets_stack, unused_names
+from memplan.tape.vocabulary import num_embeddings
+from memplan.tape.zero_groups import DEEPSPEED, reduce_bucket_elements, zero_stage
+from memplan.units import format_bytes
+
+
+def attention_notes(job: Job, target: Target) -> tuple[str, ...]:
+    """Which kernel torch's attention ran in, whoever wrote the tape, and why."""
+    return target.notes(is_known=compute_capability(job.gpu) is not None)
+
+
+def zero_notes(job: Job, architecture: Architecture) -> tuple[str, ...]:
+    """What is assumed of DeepSpeed's configuration, which a job file does not hold."""
+    stage = zero_stage(job)
+    if not stage:
+        return ()
+    elements = reduce_bucket_elements(architecture.hidden_size)
+    return (
+        f"ZeRO stage {stage}: read from the source of DeepSpeed {DEEPSPEED} and not measured; assumed are "
+        f"`reduce_bucket_size: auto`, which transformers makes {elements:,} elements, and DeepSpeed's defaults of "
+        "everything else, such as `overlap_comm: false`",
+    )
+
+
+def architecture_notes(job: Job, architecture: Architecture) -> tuple[str, ...]:
+    """Sentences; empty for most decoders."""
+    notes = []
+    if job.data.special_tokens and architecture.tokenizer_size is None and not architecture.is_resized:
+        rows = num_embeddings(job, architecture.vocab_size)
+        notes.append(
+            f"`data.special_tokens`: planned with {rows} embeddings, as if the tokenizer filled the "
+            f"{architecture.vocab_size} there are; where it does not, they may have room already"
+        )
+    if (
+        architecture.family == "falcon"
+        and architecture.num_key_value_heads < architecture.num_attention_heads
+        and not architecture.grouped_projection
+        and job.attention == "sdpa"
+    ):
+        notes.append(
+            "transformers gives sdpa one key head for all query heads here, which only torch's composite kernel takes: "
+            "it holds scores in float32; `attention: flash_attention_2` does not"
+        )
+    unused = unused_names(job, architecture)
+    if unused:
+        notes.append(
+            f"`lora.target_modules`: no layer is called {listed(unused, 'or')}, which peft passes over"
+        )
+    if not architecture.num_experts:
+        return tuple(notes)
+    notes += [
+        "experts: planned for `grouped_mm`, transformers 5's default, which sorts the tokens of all experts into one "
+        "tensor: how many tokens each expert gets depends on the data, the sizes of the tensors do not"
+    ]
+    experts = [module for module in layout(architecture).block if module.role == "experts"]
+    folded = [module for module in experts if targets_stack(job, module)]
+    if folded:
+        block_bytes = sum(prod(module.shape) for module in folded) * DTYPE_BYTES[job.dtype]
+        kept = (
+            ""
+            if job.activation_checkpointing == "full"
+            else ", kept until backward where it is not recomputed"
+        )
+        notes.append(
+            f"peft folds adapters on experts into a copy of their weights, {format_bytes(block_bytes)} per block in "
+            f"every forward pass{kept}; adapters on attention alone need none"
+        )
+    return tuple(notes)

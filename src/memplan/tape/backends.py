@@ -1,0 +1,202 @@
+"""
+Which kernel torch's scaled_dot_product_attention runs: an order by GPU and version, and what each kernel takes.
+
+Read from aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `priority_order` and the `can_use_*` functions. The
+first kernel of the order that takes a call runs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from memplan.errors import JobError
+
+TORCH = (2, 13)
+"""The version that is planned for where none is named."""
+AMPERE = (8, 0)
+
+CUDNN = {
+    (2, 5): (9, 1), (2, 6): (9, 1), (2, 7): (9, 5), (2, 8): (9, 10), (2, 9): (9, 10), (2, 10): (9, 10),
+    (2, 11): (9, 19), (2, 12): (9, 20), (2, 13): (9, 20),
+}  # fmt: skip
+"""The cuDNN that torch's wheels on PyPI require, by torch; read from their metadata. A later torch has the last."""
+
+FLASH_FIRST = ("flash", "efficient", "math")
+CUDNN_FIRST = ("cudnn", *FLASH_FIRST)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the choice looks at."""
+
+    dtype: str
+    head_dim: int
+    masked: bool = False
+    dropout: bool = False
+    grouped: bool = False
+    """There are fewer key heads than query heads, and `enable_gqa` says so."""
+    broadcast: bool = False
+    """There are, and it does not."""
+    trains: bool = True
+
+
+@dataclass(frozen=True)
+class Target:
+    """What attention runs on, and with what; remembers the kernels that calls were given."""
+
+    device: str = "cuda"
+    """`cuda` or `cpu`."""
+    compute_capability: tuple[int, int] = AMPERE
+    torch: tuple[int, ...] = TORCH
+    wanted: str = "auto"
+    """The job's `attention_kernel`."""
+    kernels: set[str] = field(default_factory=set, compare=False)
+
+    @property
+    def cudnn(self) -> tuple[int, int]:
+        """The version of cuDNN that comes with this torch."""
+        return CUDNN[max((known for known in CUDNN if known <= self.torch[:2]), default=min(CUDNN))]
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """
+        Kernels from the first choice to the last.
+
+        cuDNN is first on sm90 in torch 2.5.0 (made opt-in in 2.5.1, pytorch#138522), on sm90 and sm100 in 2.9
+        (pytorch#162073), and from 2.10 on where cuDNN is newer than 9.15 (pytorch#171627), which PyPI's wheels are
+        from 2.11 on; `TORCH_CUDNN_SDPA_DEPRIORITIZED` turns that off.
+        """
+        version, (major, minor) = self.torch[:2], self.compute_capability
+        if version == (2, 5):
+            preferred = self.torch[2:3] == (0,) and (major, minor) == (9, 0)
+        elif version == (2, 9):
+            preferred = (major, minor) in ((9, 0), (10, 0))
+        else:
+            preferred = version >= (2, 10) and self.cudnn > (9, 15) and major in (9, 10)
+        return CUDNN_FIRST if preferred else FLASH_FIRST
+
+    def kernel_for(self, call: Call) -> str:
+        """
+        `flash`, `efficient`, `cudnn`, `math`, or on a CPU `flash_cpu` or `math`.
+
+        Raises:
+            JobError: the job names a kernel that does not take the call.
+        """
+        if self.wanted != "auto":
+            self._check_wanted(call)
+            chosen = self.wanted
+        elif self.device == "cpu":
+            chosen = "math" if self.refusal("flash", call) else "flash"
+        else:
+            chosen = next(kernel for kernel in self.order if self.refusal(kernel, call) is None)
+        if self.device == "cpu" and chosen == "flash":
+            chosen = "flash_cpu"
+        self.kernels.add(chosen)
+        return chosen
+
+    def refusal(self, kernel: str, call: Call) -> str | None:
+        """Why a kernel does not take a call, in words that follow its name; None if it does."""
+        if kernel == "math":
+            return None
+        if self.device == "cpu":
+            return _refusal_on_cpu(kernel, call)
+        check = {"flash": self._flash, "efficient": self._efficient, "cudnn": self._cudnn}[kernel]
+        return check(call)
+
+    def _check_wanted(self, call: Call) -> None:
+        reason = self.refusal(self.wanted, call)
+        if reason is None:
+            return
+        others = [kernel for kernel in CUDNN_FIRST if self.refusal(kernel, call) is None]
+        raise JobError(
+            f"`attention_kernel: {self.wanted}` {reason}",
+            hint=f"use `--set attention_kernel=auto`, or one of {', '.join(others)}",
+        )
+
+    def _flash(self, call: Call) -> str | None:
+        if call.masked:
+            return "takes no mask, which padding, packing and sliding windows need"
+        return self._of_16_bits(call, limit=256) or self._backward_of_wide_heads(call) or _broadcast(call)
+
+    def _cudnn(self, call: Call) -> str | None:
+        """Heads up to 128, on sm90 with cuDNN 9.10 or newer up to 256 (check_cudnn_tensor_shapes)."""
+        limit = 256 if self.compute_capability == (9, 0) and self.cudnn >= (9, 10) else 128
+        if call.head_dim % 8:
+            return f"takes heads of a multiple of 8, not of {call.head_dim}"
+        return self._of_16_bits(call, limit=limit) or _broadcast(call)
+
+    def _efficient(self, call: Call) -> str | None:
+        """The alignment is that of `minimum_gemm_alignment`; groups of heads come with a torch after 2.13."""
+        half = call.dtype in ("float16", "bfloat16")
+        if call.dtype == "bfloat16" and self.compute_capability < AMPERE:
+            return f"takes no bfloat16 on {self.card}"
+        multiple = 1
+        if half and self.compute_capability >= (7, 0):
+            multiple = 8
+        elif self.compute_capability >= AMPERE:
+            multiple = 4
+        if call.head_dim % multiple:
+            return f"takes heads of a multiple of {multiple}, not of {call.head_dim}"
+        if call.grouped:
+            return "takes no groups of query heads per key head"
+        return _broadcast(call)
+
+    def _of_16_bits(self, call: Call, *, limit: int) -> str | None:
+        if self.compute_capability < AMPERE:
+            return f"needs sm80 or newer, and this is {self.card}"
+        if call.dtype not in ("float16", "bfloat16"):
+            return f"takes float16 and bfloat16, and attention runs in {call.dtype}"
+        if call.head_dim > limit:
+            return f"takes heads of up to {limit} on {self.card}, not of {call.head_dim}"
+        return None
+
+    def _backward_of_wide_heads(self, call: Call) -> str | None:
+        major, minor = self.compute_capability
+        narrow = (major == 8 and minor >= 6) or major == 12
+        if narrow and call.trains and (192 < call.head_dim <= 224 or (call.head_dim > 224 and call.dropout)):
+            return f"has no backward for heads of {call.head_dim} on {self.card}"
+        return None
+
+    @property
+    def card(self) -> str:
+        """
+        As the compiler names it.
+
+        >>> Target(compute_capability=(9, 0)).card
+        'sm90'
+        """
+        return "sm{}{}".format(*self.compute_capability)
+
+    def notes(self, *, is_known: bool) -> tuple[str, ...]:
+        """
+        What a person should know of the kernels that ran.
+
+        Args:
+            is_known: the job names a card that is in the catalogue.
+        """
+        if self.device == "cpu" or not self.kernels:
+            return ()
+        names = " and ".join(sorted(self.kernels))
+        version = ".".join(map(str, self.torch[:2]))
+        where = self.card if is_known else f"{self.card}, as no GPU with a known one is named"
+        why = (
+            "as `attention_kernel` says" if self.wanted != "auto" else f"torch {version}'s choice on {where}"
+        )
+        notes = [f"attention runs torch's {names} kernel, {why}"]
+        if "cudnn" in self.kernels:
+            notes.append(
+                "what cuDNN's attention takes inside is counted as far as its open frontend says, and not measured: "
+                "what its plans add is not public"
+            )
+        return tuple(notes)
+
+
+def _broadcast(call: Call) -> str | None:
+    return "takes no broadcast of key heads" if call.broadcast else None
+
+
+def _refusal_on_cpu(kernel: str, call: Call) -> str | None:
+    """torch's kernel for CPUs is a flash kernel for all dtypes (sdp_utils_cpp.cpp)."""
+    if kernel != "flash":
+        return "has no kernel for CPUs"
+    return "takes no dropout on CPUs" if call.dropout else _broadcast(call)

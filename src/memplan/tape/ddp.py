@@ -1,0 +1,99 @@
+"""
+DDP: every rank has the whole model, and a second copy of its gradients in buckets, which are reduced as they fill.
+
+At first all gradients of one dtype share a bucket. As the second step begins they are laid out anew, in the order in
+which they have arrived in the first: a bucket of at least 1 MiB, then such of at least 25 MiB
+(torch/nn/parallel/distributed.py, _ddp_init_helper and _pre_forward; torch/csrc/distributed/c10d/reducer.cpp,
+rebuild_buckets and compute_bucket_assignment_by_size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from math import prod
+
+from memplan.tape.engine import Graph
+from memplan.tape.tensors import ITEMSIZE, Parameter, Storage
+
+FIRST_BUCKET_BYTES = 1 << 20
+BUCKET_BYTES = 25 << 20
+
+
+class Buckets:
+    """
+    The buckets of a model of which some blocks are recorded.
+
+    Args:
+        trainable: of the recorded blocks and of what is outside them.
+        layers: the recorded blocks.
+        num_layers: how many blocks the whole model has.
+    """
+
+    def __init__(
+        self, g: Graph, trainable: Sequence[Parameter], layers: Sequence[int], num_layers: int
+    ) -> None:
+        self.g = g
+        self.num_layers = num_layers
+        self.is_rebuilt = False
+        g.begin("buckets")
+        self.held = self._allocate(self._whole([*_of(trainable, None), *_inside(trainable, layers)]))
+
+    def rebuild(self) -> None:
+        """Before the first forward pass of a step, when gradients have arrived: once."""
+        g = self.g
+        if self.is_rebuilt or not g.arrived:
+            return
+        self.is_rebuilt = True
+        g.begin("buckets rebuilt")
+        parameters = list(self._whole(g.arrived))
+        sizes = bucket_bytes(parameters)
+        indices = g.new((len(parameters) + 1,), "int32", "parameters by bucket", "comm")
+        counts = g.new((len(sizes),), "int32", "parameters per bucket", "comm")
+        del counts, indices
+        self.held.clear()
+        self.held = [g.storage(size, "gradient bucket", category="comm") for size in sizes]
+
+    def _allocate(self, parameters: Iterable[Parameter]) -> list[Storage]:
+        sizes: dict[str, int] = {}
+        for parameter in parameters:
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + _num_bytes(parameter)
+        return [self.g.storage(size, "gradient bucket", category="comm") for size in sizes.values()]
+
+    def _whole(self, parameters: Iterable[Parameter]) -> Iterator[Parameter]:
+        """Those of all blocks, from those of the recorded ones: blocks that are left out are like the next one."""
+        previous: int | None = None
+        for layer, group in groupby(parameters, key=lambda parameter: parameter.layer):
+            found = list(group)
+            times = 1
+            if layer is not None:
+                times = 1 if previous is None else abs(layer - previous)
+                previous = layer
+            for _ in range(times):
+                yield from found
+
+
+def bucket_bytes(parameters: Iterable[Parameter]) -> list[int]:
+    """Bytes of the buckets that gradients fill as they arrive; each dtype has its own."""
+    full: list[int] = []
+    filling: dict[str, int] = {}
+    limits: dict[str, int] = {}
+    for parameter in parameters:
+        dtype = parameter.dtype
+        filling[dtype] = filling.get(dtype, 0) + _num_bytes(parameter)
+        if filling[dtype] >= limits.setdefault(dtype, FIRST_BUCKET_BYTES):
+            full.append(filling.pop(dtype))
+            limits[dtype] = BUCKET_BYTES
+    return [*full, *filling.values()]
+
+
+def _of(parameters: Iterable[Parameter], layer: int | None) -> list[Parameter]:
+    return [parameter for parameter in parameters if parameter.layer == layer]
+
+
+def _inside(parameters: Sequence[Parameter], layers: Sequence[int]) -> list[Parameter]:
+    return [parameter for layer in layers for parameter in _of(parameters, layer)]
+
+
+def _num_bytes(parameter: Parameter) -> int:
+    return prod(parameter.shape) * ITEMSIZE[parameter.dtype]

@@ -1,0 +1,196 @@
+"""The blocks of a model one after the other, and their recomputation in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.engine import Graph
+from memplan.tape.ops import cast
+from memplan.tape.parts import Block, Model
+from memplan.tape.recomputation import CheckpointFrame
+from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
+
+CPU_RNG_STATE_BYTES = 5056
+"""torch.get_rng_state(), which checkpointing keeps per block; on the host, so that it counts only on the CPU."""
+
+
+Attend = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+"""Attention of a block, and the weights of eager attention."""
+
+
+@dataclass
+class Given:
+    """
+    What the model makes once and gives to its blocks beside the hidden states: the mask, the rotary table, the
+    positions. A recomputation keeps all of it.
+    """
+
+    mask: Tensor | None
+    table: tuple[Tensor, ...] = ()
+    """Cosines and sines."""
+    position_ids: Tensor | None = None
+
+
+RunBlock = Callable[[Graph, Model, Block, Tensor, Given, "Settings"], Tensor]
+"""A block of a family: (B, S, d) to (B, S, d)."""
+
+
+class Settings:
+    """What the programs need to know of the job."""
+
+    def __init__(
+        self, attention: str, behaviour: Behaviour | None = None, *, offload_inputs: bool = False
+    ) -> None:
+        self.attention = attention
+        self.behaviour = behaviour or Behaviour()
+        self.offload_inputs = offload_inputs
+        self.kept: list[tuple[Parameter, Tensor | None]] | None = None
+        """Inputs of checkpointed blocks and their gradients, where something keeps them until backward ends."""
+        self.position_ids: Tensor | None = None
+        """(B, S) with packing: the batch's own, from which the models see where documents begin."""
+        self.input_leaf: Parameter | None = None
+        """The embedding's output where it collects a gradient: the graph of the loss keeps both."""
+        self.cache: list[tuple[int, Tensor]] = []
+        self.npt_metrics: dict[int, list[Tensor]] = {}
+        """By block, the scalars that an NPT block keeps of its last forward pass."""
+        self.npt_block: Callable[[Block, Tensor, Attend], Tensor] | None = None
+        """Runs a converted block, given its attention."""
+
+
+def kind_of(model: Model, block: Block) -> str:
+    """`sliding_attention` or `full_attention`: what the block takes its mask and its rotary table for."""
+    architecture = model.architecture
+    if architecture.layer_types:
+        return architecture.layer_types[block.layer]
+    return architecture.attention_kinds[0]
+
+
+def run_blocks(
+    g: Graph,
+    model: Model,
+    hidden: Tensor,
+    settings: Settings,
+    run: RunBlock,
+    given: Mapping[str, Given],
+) -> Tensor:
+    """
+    The blocks one after the other, each with what blocks of its kind are given. A checkpointed one keeps its input and
+    that.
+    """
+    base = g.path
+    for block in model.blocks:
+        g.enter(block.layer)
+        g.path = f"{base}.{{layer}}"
+        if g.units is not None:
+            g.units.before_forward(block.layer, hidden)
+        step = _bound(g, model, settings, run, given[kind_of(model, block)])
+        if block.checkpointed and g.grad_enabled:
+            hidden = _checkpointed(g, block, hidden, step, settings)
+        else:
+            hidden = step(block, hidden)
+        del step
+        if g.units is not None:
+            g.units.after_forward(block.layer)
+    g.path = base
+    g.enter(None)
+    return hidden
+
+
+def _bound(
+    g: Graph, model: Model, settings: Settings, run: RunBlock, given: Given
+) -> Callable[[Block, Tensor], Tensor]:
+    return lambda block, hidden: run(g, model, block, _as_fed(g, hidden, settings), given, settings)
+
+
+def _as_fed(g: Graph, hidden: Tensor, settings: Settings) -> Tensor:
+    """FSDP2 casts what a unit is given to the dtype it computes with (MixedPrecisionPolicy.cast_forward_inputs)."""
+    is_unit = g.units is not None and not settings.behaviour.fsdp1
+    return cast(g, hidden, g.autocast) if is_unit and g.autocast else hidden
+
+
+def _checkpointed(
+    g: Graph, block: Block, hidden: Tensor, run: Callable[[Block, Tensor], Tensor], settings: Settings
+) -> Tensor:
+    path = g.path
+    if settings.behaviour.reentrant:
+        return _checkpointed_reentrant(g, block, hidden, run, settings)
+    host_copy = None
+    if settings.offload_inputs:
+        # The input goes to the host and comes back for the recomputation. On the CPU the host is the device.
+        if g.device == "cpu":
+            host_copy = g.new(hidden.shape, hidden.dtype, "input kept on the host").storage
+        shape, dtype, node, slot, needs_grad = (
+            hidden.shape, hidden.dtype, hidden.node, hidden.slot, hidden.needs_grad,
+        )  # fmt: skip
+
+        def rerun() -> None:
+            g.path = path
+            fetched = g.new(shape, dtype, "input fetched from the host")
+            fetched.node, fetched.slot, fetched.needs_grad = node, slot, needs_grad
+            run(block, fetched)
+    else:
+
+        def rerun() -> None:
+            g.path = path
+            run(block, hidden)
+
+    frame = CheckpointFrame(g, rerun)
+    frame.host_copy = host_copy
+    if g.device == "cpu":
+        frame.rng_state = g.storage(CPU_RNG_STATE_BYTES, "random state")
+    outer, g.save_hook = g.save_hook, frame.pack
+    try:
+        return run(block, hidden)
+    finally:
+        g.save_hook = outer
+
+
+def _checkpointed_reentrant(
+    g: Graph,
+    block: Block,
+    hidden: Tensor,
+    run: Callable[[Block, Tensor], Tensor],
+    settings: Settings,
+) -> Tensor:
+    """
+    torch.utils.checkpoint with use_reentrant=True (CheckpointFunction): forward without a graph; backward runs the
+    whole block again and then its graph, and holds the block's output and its gradient until both are done, and
+    the block's input and that one's gradient for as long as `settings.kept`.
+    """
+    path = g.path
+    with g.no_grad():
+        out = run(block, hidden)
+    if g.needs(hidden):
+        backward = partial(_reentrant_backward, path=path, block=block, run=run, settings=settings)
+        g.record(out, (hidden,), [hidden], backward)
+    return out
+
+
+def _reentrant_backward(
+    g: Graph,
+    node: Node,
+    gradients: dict[int, Tensor],
+    saved: list[Tensor | None],
+    *,
+    path: str,
+    block: Block,
+    run: Callable[[Block, Tensor], Tensor],
+    settings: Settings,
+) -> Gradients:
+    x = saved[0]
+    assert x is not None and x.storage is not None
+    leaf = Parameter("", x.shape, x.dtype, x.storage, block.layer, trainable=True)
+    outer = g.path, g.category
+    g.path, g.category, g.grad_enabled = path, "activations", True
+    output = run(block, leaf)
+    g.leave_autocast()
+    g.grad_enabled = False
+    g.backward_from(output, gradients[0])
+    g.path, g.category = outer
+    if settings.kept is not None:
+        settings.kept.append((leaf, leaf.grad))
+    gradient, leaf.grad = leaf.grad, None
+    return [gradient]

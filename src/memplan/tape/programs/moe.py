@@ -1,0 +1,91 @@
+"""Mixtral and Qwen3-MoE: Llama's and Qwen3's decoders with experts (transformers/models/{mixtral,qwen3_moe})."""
+
+from __future__ import annotations
+
+from memplan.tape.engine import Graph
+from memplan.tape.experts import (
+    Folded,
+    Stack,
+    gather_rows,
+    grouped_product,
+    halves,
+    normalized,
+    sorted_by_expert,
+    sum_of_choices,
+    top_k,
+)
+from memplan.tape.linear import matmul
+from memplan.tape.ops import cast, mul, reshape
+from memplan.tape.parts import Block, Model
+from memplan.tape.products import softmax
+from memplan.tape.programs.blocks import Settings
+from memplan.tape.programs.layers import activation
+from memplan.tape.programs.llama import decoder as llama_decoder
+from memplan.tape.tensors import Tensor
+
+
+def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Tensor:
+    return llama_decoder(g, model, ids, settings, mlp=_sparse_mlp)
+
+
+def _sparse_mlp(g: Graph, model: Model, block: Block, x: Tensor) -> Tensor:
+    """MixtralSparseMoeBlock and Qwen3MoeSparseMoeBlock."""
+    batch, length, width = x.shape
+    with g.module("mlp"):
+        flat = reshape(g, x, (batch * length, width))
+        logits, weights, chosen = _router(g, model, block.stacks["mlp.gate"], flat)
+        down, gate_up = (
+            Folded(g, block.stacks[f"mlp.experts.{name}"]) for name in ("down_proj", "gate_up_proj")
+        )
+        out = _experts(g, model, gate_up, down, flat, chosen, weights)
+        gate_up.drop_factors()
+        gate_up.drop_weight()
+        down.drop_weight()
+        down.drop_factors()
+        return reshape(g, out, x.shape)
+
+
+def _router(g: Graph, model: Model, stack: Stack, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, the weights of the chosen experts (Mixtral's are float32) and which they are."""
+    architecture = model.architecture
+    mixtral = architecture.family == "mixtral"
+    with g.module("gate"):
+        folded = Folded(g, stack)
+        logits = matmul(g, flat, folded.weight(), None, architecture.num_experts)
+        probabilities = softmax(g, logits, "float32")
+        weights, chosen = top_k(g, probabilities, architecture.experts_per_token)
+        if mixtral or architecture.normalized_routing:
+            weights = normalized(g, weights)
+        if not mixtral:
+            weights = cast(g, weights, logits.dtype)
+        return logits, weights, chosen
+
+
+def _experts(
+    g: Graph, model: Model, gate_up: Folded, down: Folded, x: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """grouped_mm_experts_forward of transformers' integrations/moe.py."""
+    num_tokens = x.shape[0]
+    num_rows = num_tokens * model.architecture.experts_per_token
+    with g.module("experts"):
+        flat_weights = reshape(g, weights, (num_rows,))
+        ids, permutation = sorted_by_expert(g, reshape(g, chosen, (num_rows,)))
+        rows = gather_rows(g, x, g.new((num_rows,), "int64", "token of each row"), "rows by expert")
+        sorted_weights = gather_rows(g, flat_weights, permutation, "weights by expert")
+        counted = g.new((num_rows,), "float32" if g.device == "cpu" else "int32", "expert ids to count")
+        counts = g.new((model.architecture.num_experts,), counted.dtype, "tokens per expert")
+        offsets = g.new(counts.shape, "int32", "ends of groups")
+        out = grouped_product(g, rows, gate_up.weight(), offsets)
+        out = _gated(g, model, out)
+        out = grouped_product(g, out, down.weight(), offsets)
+        weighted = mul(g, out, reshape(g, sorted_weights, (num_rows, 1)), "weighted output of experts")
+        inverse = g.new((num_rows,), "int64", "inverse permutation")
+        g.scratch(num_rows * 8, name="row numbers")
+        weighted = gather_rows(g, weighted, inverse, "output of experts by token")
+        final = sum_of_choices(g, weighted, num_tokens)
+        return cast(g, final, x.dtype)
+
+
+def _gated(g: Graph, model: Model, both: Tensor) -> Tensor:
+    gate, up = halves(g, both)
+    return mul(g, activation(g, gate, model.architecture.hidden_act), up, "gated")

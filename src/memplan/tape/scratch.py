@@ -1,0 +1,191 @@
+"""
+Memory that CUDA kernels take inside one operation and give back before it returns, in bytes per allocation.
+
+One table for both writers; docs/tracing.md shows it. Nothing in it has been measured by us yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an operation takes inside, and how we know."""
+
+    takes: str
+    status: str
+    """`read`: from the source that is named; `measured`: also seen on a GPU; `unknown`: not counted."""
+    where: str
+    operators: tuple[str, ...] = ()
+    """Those of torch that take it, as the trace sees them."""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether plans hold it."""
+        return self.status != "unknown"
+
+
+_TRANSFORMERS = "aten/src/ATen/native/transformers/cuda/"
+_CUDA = "aten/src/ATen/native/cuda/"
+
+SOURCES = {
+    "flash_backward": Source(
+        "row sums; a float32 accumulator of dQ, padded to 128 rows and 32 (64) columns; dK and dV per query head where "
+        "key heads are fewer",
+        "read",
+        f"{_TRANSFORMERS}flash_attn/flash_api.cpp, mha_bwd; the flash-attn package's csrc/flash_attn/flash_api.cpp",
+        ("_scaled_dot_product_flash_attention_backward",),
+    ),
+    "efficient_backward": Source(
+        "row sums; for 16 bits a float32 accumulator of dQ, above 64 columns also of dK and dV; one split of the keys",
+        "read",
+        f"{_TRANSFORMERS}attention_backward.cu",
+        ("_scaled_dot_product_efficient_attention_backward",),
+    ),
+    "cudnn_backward": Source(
+        "row sums and a float32 accumulator of dQ, in one workspace",
+        "read",
+        "cudnn-frontend, node/scaled_dot_product_flash_attention.h, get_fe_workspace_size_node",
+        ("_scaled_dot_product_cudnn_attention_backward",),
+    ),
+    "softmax_backward": Source(
+        "gradient times output",
+        "read",
+        f"{_CUDA}SoftMax.cu, _softmax_backward_data",
+        ("_softmax_backward_data",),
+    ),
+    "embedding_backward": Source(
+        "above 3072 indices: six arrays of them, and a float32 row for each",
+        "read",
+        f"{_CUDA}EmbeddingBackwardKernel.cu",
+        ("embedding_dense_backward",),
+    ),
+    "index_put_accumulate": Source(
+        "linear and sorted indices, and their sort",
+        "read",
+        f"{_CUDA}Indexing.cu, index_put_with_sort_kernel",
+        ("index_put", "index_put_", "_index_put_impl_"),
+    ),
+    "sort": Source(
+        "positions; above 4096 elements copies of keys and values",
+        "read",
+        f"{_CUDA}Sort.cpp and SortStable.cu, one segment",
+        ("sort",),
+    ),
+    "batched_operand": Source(
+        "a copy of an operand whose rows and columns are both strided",
+        "read",
+        f"{_CUDA}Blas.cpp, prepare_batch_matrix_for_cublas",
+        ("bmm", "baddbmm"),
+    ),
+    "foreach_norm": Source(
+        "partial sums: per tensor as many as the largest needs, one for every 65536 elements",
+        "read",
+        f"{_CUDA}ForeachReduceOp.cu",
+        ("_foreach_norm",),
+    ),
+    "plans of cuDNN's attention": Source(
+        "not counted",
+        "unknown",
+        "cudnn-frontend, get_workspace_size: what a plan takes beside the above, forward and backward",
+    ),
+    "split keys of flash attention": Source(
+        "not counted",
+        "unknown",
+        f"{_TRANSFORMERS}flash_attn/flash_api.cpp, set_params_splitkv: forward, where sequences and heads are too few "
+        "to fill the card",
+    ),
+    "split keys of memory-efficient attention": Source(
+        "not counted",
+        "unknown",
+        f"{_TRANSFORMERS}attention_backward.cu, num_splits_key: an accumulator per split beyond the first",
+    ),
+    "sums, maxima, top-k, histograms": Source(
+        "not counted", "unknown", f"{_CUDA}Reduce.cuh, TensorTopK.cu, SummaryOps.cu: a few MiB at most"
+    ),
+}
+"""By the function of this module that computes it; what none does is unknown."""
+
+EMBEDDING_SORTS_ABOVE = 3072
+"""Indices up to which embedding's backward needs no sorting."""
+SORT_SPILLS_ABOVE = 4096
+"""Elements up to which a sort works in place."""
+NORM_CHUNK_ELEMENTS = 65536
+"""Elements per partial sum of _foreach_norm."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def flash_backward(
+    batch: int, heads: int, key_heads: int, length: int, key_length: int, head_dim: int, itemsize: int
+) -> list[int]:
+    """
+    Row sums, and a float32 accumulator of dQ padded to 128 rows and 32 (64) columns; with fewer key heads than query
+    heads also dK and dV per query head.
+    """
+    rows, columns = round_up(length, 128), round_up(head_dim, 32 if head_dim <= 128 else 64)
+    scratch = [batch * heads * rows * 4, batch * rows * heads * columns * 4]
+    if key_heads != heads:
+        scratch += [batch * key_length * heads * head_dim * itemsize] * 2
+    return scratch
+
+
+def efficient_backward(
+    batch: int, heads: int, length: int, key_length: int, head_dim: int, itemsize: int
+) -> list[int]:
+    """Row sums; for 16-bit inputs float32 accumulators of dQ and, for heads wider than 64, of dK and dV."""
+    scratch = [batch * heads * length * 4]
+    if itemsize < 4:
+        elements = round_up(length, 64) * round_up(head_dim, 32)
+        if head_dim > 64:
+            elements += 2 * round_up(key_length, 64) * round_up(head_dim, 64)
+        scratch.append(batch * heads * elements * 4)
+    return scratch
+
+
+def cudnn_backward(batch: int, heads: int, length: int, head_dim: int) -> list[int]:
+    """
+    Row sums and a float32 accumulator of dQ, in one workspace: what the open frontend asks for. What the plan that it
+    runs adds is not public.
+    """
+    return [batch * heads * length * (1 + head_dim) * 4]
+
+
+def softmax_backward(num_bytes: int) -> list[int]:
+    """Gradient times output, as large as the gradient."""
+    return [num_bytes]
+
+
+def embedding_backward(num_indices: int, width: int) -> list[int]:
+    """Sorted: six index arrays and a float32 row per index."""
+    if num_indices <= EMBEDDING_SORTS_ABOVE:
+        return []
+    return [num_indices * 8] * 6 + [512, 512, num_indices * width * 4]
+
+
+def index_put_accumulate(num_indices: int) -> list[int]:
+    """Linear and sorted indices, and what the sort itself takes."""
+    return [num_indices * 8] * 3 + [num_indices * 16 + 65536]
+
+
+def sort(num_elements: int) -> list[int]:
+    """Of one row of int64: the unsorted positions and, where it is long, copies of keys and values in between."""
+    positions = num_elements * 8
+    return [positions] if num_elements <= SORT_SPILLS_ABOVE else [positions, 2 * positions + 65536]
+
+
+def batched_operand(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> list[int]:
+    """A matrix per batch whose rows and columns are both strided: no library takes it, so that it is copied."""
+    _, rows, columns = shape
+    _, row_stride, column_stride = strides
+    by_row = column_stride == 1 and row_stride >= max(1, columns)
+    by_column = row_stride == 1 and column_stride >= max(1, rows)
+    return [] if by_row or by_column else [shape[0] * rows * columns * itemsize]
+
+
+def foreach_norm(num_tensors: int, largest_elements: int) -> list[int]:
+    """Partial sums: as many per tensor as the largest one needs, in float32."""
+    return [num_tensors * -(-largest_elements // NORM_CHUNK_ELEMENTS) * 4]

@@ -1,0 +1,97 @@
+"""Views of fused projections, and what their gradients cost."""
+
+from __future__ import annotations
+
+from memplan.tape.engine import Graph
+from memplan.tape.ops import alias
+from memplan.tape.tensors import Gradients, Node, Shape, Tensor
+
+
+def split_last(g: Graph, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """`x.split(sizes, -1)`: views; backward writes their gradients into one tensor with `cat`."""
+    views = tuple(alias(x, (*x.shape[:-1], size)) for size in sizes)
+    if g.needs(x):
+        node = g.record(views[0], (x,), [], _split_last_backward, x.shape)
+        for slot, view in enumerate(views):
+            view.node, view.slot, view.needs_grad = node, slot, True
+    return views
+
+
+def _split_last_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
+    gradient = next(iter(gradients.values()))
+    return [g.new(node.extra, gradient.dtype, "grad of all parts")]
+
+
+def regrouped(g: Graph, x: Tensor, shape: Shape, *, transposed: bool) -> Tensor:
+    """A view of another shape; its gradient is one too where it has the memory order of `x`, else a copy."""
+    out = alias(x, shape, transposed=transposed)
+    if g.needs(x):
+        g.record(out, (x,), [], _regrouped_backward, (x.shape, transposed))
+    return out
+
+
+def _regrouped_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
+    gradient = gradients[0]
+    shape, transposed = node.extra
+    if gradient.transposed == transposed:
+        return [alias(gradient, shape, transposed=False)]
+    return [g.new(shape, gradient.dtype, "contiguous copy of grad")]
+
+
+def chosen_heads(g: Graph, x: Tensor, count: int, *, copied: bool) -> Tensor:
+    """
+    `count` of the R rows of each group in (B, S, G, R, D), as heads (B, G * count, S, D): a slice, or, by a list of
+    indices, a copy. Backward writes the gradient into zeros of x's size.
+    """
+    batch, length, groups, _, head_dim = x.shape
+    shape = (batch, groups * count, length, head_dim)
+    if copied:
+        out = g.new(shape, x.dtype, "chosen heads", transposed=groups > 1)
+    else:
+        out = alias(x, shape, transposed=True)
+    if g.needs(x):
+        g.record(out, (x,), [], _chosen_heads_backward, x.shape)
+    return out
+
+
+def _chosen_heads_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
+    return [g.new(node.extra, gradients[0].dtype, "grad of all heads")]
+
+
+def spread_heads(g: Graph, x: Tensor, times: int) -> Tensor:
+    """Heads (B, H, S, D) copied into memory of their own, (B, S, H, D), `times` times each."""
+    batch, heads, length, head_dim = x.shape
+    out = g.new((batch, heads * times, length, head_dim), x.dtype, "spread heads", transposed=True)
+    if g.needs(x):
+        g.record(out, (x,), [], _spread_heads_backward, (x.shape, times))
+    return out
+
+
+def _spread_heads_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
+    shape, times = node.extra
+    if times == 1:
+        return [alias(gradients[0], shape)]
+    return [g.new(shape, gradients[0].dtype, "sum over spread heads", transposed=shape[1] > 1)]
+
+
+def add_in_place(g: Graph, a: Tensor, b: Tensor) -> Tensor:
+    """`a += b`"""
+    out = alias(a)
+    out.view = a.view
+    if g.needs(a, b):
+        g.record(out, (a, b), [], _add_in_place_backward)
+    return out
+
+
+def _add_in_place_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
+    return [gradients[0] if edge is not None else None for edge in node.edges]

@@ -1,0 +1,120 @@
+"""How a model comes to the device: through from_pretrained, through FSDP1, and after other work of the process."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from memplan.job.load import load_job
+from memplan.job.spec import Job
+from memplan.model import resolve_model
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.engine import Graph
+from memplan.tape.fsdp1 import Fsdp1Units
+from memplan.tape.sharding import Contents, Part, layout
+from memplan.tape.tensors import Storage
+from memplan.tape.wrapping import ToWrap, wrap_unit, wrap_units
+from memplan.tape.writer import write_tape
+from memplan.units import MiB
+
+
+def job(**fields: object) -> Job:
+    """QLoRA on a small model, as tutorials write it."""
+    settings = {"model": "qwen2.5-0.5b", "method": "qlora", "loop": "script", "max_seq_len": 64} | fields
+    return load_job(None, [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]).job
+
+
+def first_events(job: Job, behaviour: Behaviour | None = None, count: int = 3) -> list[tuple[int, str]]:
+    """Signed bytes and names of what a tape begins with."""
+    written = write_tape(job, resolve_model("qwen2.5-0.5b"), behaviour=behaviour)
+    tape = written.flatten()
+    return [
+        (tape.sizes[abs(event)] * (1 if event > 0 else -1), written.describe(abs(event)).where)
+        for event in tape.events[:count]
+    ]
+
+
+def live_bytes(g: Graph) -> list[int]:
+    """Bytes alive after each event."""
+    live, curve = 0, []
+    for event in g.events:
+        live += g.sizes[event] if event > 0 else -g.sizes[-event]
+        curve.append(live)
+    return curve
+
+
+def test_from_pretrained_makes_room_for_the_weights_first():
+    """Half a byte for each of 358 million packed elements, two for each of the 136 million others; then it goes."""
+    (taken, _), (given_back, _), (_, embedding) = first_events(job())
+
+    assert 357_826_560 // 2 + 136_206_208 * 2 == taken == -given_back
+    assert "model.embed_tokens.weight" == embedding
+
+
+@pytest.mark.parametrize("fields", [{"loop": "memplan"}, {"method": "lora"}])
+def test_other_loaders_take_tensor_by_tensor(fields: dict[str, str]):
+    """memplan's own loop, and a 16-bit model that is loaded on the host and moved."""
+    assert "model.embed_tokens.weight" == first_events(job(**fields), count=1)[0][1]
+
+
+def test_work_before_loading_leaves_cublas_its_workspaces():
+    """That of the thread that runs backward too, and each once."""
+    lora = job(method="lora")
+    behaviour = dataclasses.replace(Behaviour.for_job(lora), products_before=True)
+    tape = write_tape(lora, resolve_model("qwen2.5-0.5b"), behaviour=behaviour).flatten()
+    size = behaviour.cublas_workspace_bytes
+
+    assert [size, size] == [tape.sizes[event] for event in tape.events[:2]]
+    assert 2 == tape.sizes.count(size)
+
+
+def test_a_unit_passes_through_the_device_whole():
+    """At most all of it twice, and the shard; the shard is left. Two buckets of a broadcast are less."""
+    g = Graph()
+    parts = [
+        Part(name, (100 * MiB,), "uint8", "uint8") for name in ("block.a", "block.b", "block.c", "block.d")
+    ]
+    shard = wrap_unit(g, parts, 2)
+
+    curve = live_bytes(g)
+    assert (400 + 400 + 200) * MiB == max(curve)
+    assert 200 * MiB == curve[-1] == g.sizes[shard.id]
+    assert [300 * MiB, 100 * MiB] == [
+        g.sizes[index] for index, info in enumerate(g.info) if info[2] == "bucket of a broadcast"
+    ]
+
+
+def test_a_unit_that_is_not_cut_stays_as_its_flat_parameter():
+    """Of replicas: one copy is left."""
+    g = Graph()
+    kept = wrap_unit(
+        g, [Part("block.a", (MiB,), "uint8", "uint8"), Part("block.b", (MiB,), "uint8", "uint8")], 1
+    )
+
+    assert 2 * MiB == live_bytes(g)[-1] == g.sizes[kept.id]
+
+
+def test_units_are_wrapped_block_by_block():
+    """The tensors outside the blocks come last."""
+    g = Graph()
+    tensors = [ToWrap(layer, Part(f"{layer}", (4,), "float32", "float32")) for layer in (None, 0, 1)]
+    shards = wrap_units(g, tensors, [0, 1], 2)
+
+    assert ["shard of 0", "shard of 1", "shard of None"] == [g.info[shard.id][2] for shard in shards]
+
+
+@pytest.mark.parametrize("adapter_units", [False, True])
+def test_the_next_block_is_fetched_early_unless_adapters_are_units(adapter_units: bool):
+    """With them it is fetched when this block is nearly through: its own backward runs beside one block's weights."""
+    g = Graph()
+    contents = Contents([0, 1], {layer: [Part("w", (8,), "float32", "float32")] for layer in (0, 1)})
+    sharded = job(method="lora", parallel__strategy="FULL_SHARD", parallel__dp_shard="2")
+    units = Fsdp1Units(g, layout(sharded), contents, adapter_units=adapter_units)
+    units.visit_backward(1)
+    during = set(units.gathered)
+    units.leave_backward(1)
+
+    assert (set() if adapter_units else {0}) == during
+    assert {0} == set(units.gathered)
+    assert isinstance(units.gathered[0], Storage)
