@@ -1,0 +1,251 @@
+"""
+The job's model on meta tensors: what `memplan.train.build` would make, cut to the blocks that have to be traced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from memplan.budget.host import HostSizes
+from memplan.errors import ModelError, UnknownModel
+from memplan.job.spec import Job
+from memplan.model.config import is_masked_lm
+from memplan.tape.encoders import refuse_for_encoder
+from memplan.tape.repeat import Selection, choose_layers
+from memplan.tape.vocabulary import resized_config
+from memplan.train.adapters import without_bitsandbytes
+from memplan.train.build import Built, _prepare, auto_class
+from memplan.train.group import Group
+from memplan.train.offload import Mover
+from memplan.train.parallel import Step, is_sharded, shard
+from memplan.train.tokens import first_line
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """A model to trace."""
+
+    built: Built
+    root: Step | None
+    """What FSDP was applied to, if anything was."""
+    blocks: nn.ModuleList | None
+    selection: Selection
+    num_layers: int
+    num_parameters: int
+    """Of the whole base model."""
+    largest_parameter: int
+    """Elements of its largest tensor."""
+
+    def sizes(self, trainable: int) -> HostSizes:
+        """What host memory depends on; `trainable`: elements that train."""
+        config = self.built.model.config.get_text_config()
+        embedding = self.built.model.get_input_embeddings().weight.numel()
+        return HostSizes(
+            base=self.num_parameters,
+            trainable=trainable,
+            largest=self.largest_parameter,
+            embedding=embedding,
+            hidden_size=config.hidden_size,
+            num_layers=self.num_layers,
+        )
+
+    def multiplicity(self) -> dict[int, int]:
+        """How many blocks a block at hand stands for, itself included, where that is not one."""
+        stands = Counter(self.selection.representative(layer) for layer in range(self.num_layers))
+        return {layer: count for layer, count in stands.items() if count > 1}
+
+    def count_added(self) -> int:
+        """Trainable parameters of the whole model, from those of the blocks at hand."""
+        inside = [_trainable(block) for block in self.blocks or ()]
+        outside = _trainable(self.built.model) - sum(inside)
+        position = {layer: index for index, layer in enumerate(self.selection.layers)}
+        return outside + sum(
+            inside[position[self.selection.representative(layer)]] for layer in range(self.num_layers)
+        )
+
+
+def build_meta(
+    job: Job, config: dict[str, Any], group: Group, *, mover: Mover | None = None, whole: bool = False
+) -> MetaModel:
+    """
+    The model of a job, with what trains added, on meta tensors.
+
+    Args:
+        config: the model's `config.json`.
+        group: the ranks of the job, on meta devices.
+        mover: what offloads the inputs of checkpointed blocks, if the job offloads them.
+        whole: trace every block instead of a few that stand for the others.
+
+    Raises:
+        UnknownModel: the installed transformers cannot build it.
+        JobError: it is an encoder, and the job asks for what only decoders have.
+    """
+    if is_masked_lm(config):
+        refuse_for_encoder(job)
+    model = _base(job, resized_config(job, config))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    largest = max(parameter.numel() for parameter in model.parameters())
+    blocks = find_blocks(model)
+    if blocks is None:
+        selection = Selection((), {})
+        num_layers = 0
+    else:
+        num_layers = len(blocks)
+        selection = _select(job, blocks, whole=whole)
+        _cut(model, blocks, selection)
+        job = _renumber(job, num_layers, selection)
+    decoder = getattr(model, model.base_model_prefix)
+    if job.method == "qlora":
+        from memplan.train.quantize import replace_linears
+
+        replace_linears(model, job)
+    with META, without_bitsandbytes() if job.method == "lora" else nullcontext():
+        # In the order of memplan.train.build: NPT blocks are made when the rest has been cut.
+        trained = model if job.method == "npt" else _prepare(job, model, mover)
+        built = Built.of(job, model, trained, decoder)
+        root = _cut_to_shards(job, built, group)
+        if job.method == "npt":
+            _prepare(job, model)
+    return MetaModel(built, root, blocks, selection, num_layers, num_parameters, largest)
+
+
+def _trainable(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _cut_to_shards(job: Job, built: Built, group: Group) -> Step | None:
+    """The root of the units that FSDP gathers; None where every rank has all of the model."""
+    if not is_sharded(job):
+        return None
+    root = Step(job, built, META.type)
+    shard(job, built, root, group)
+    return root
+
+
+def _base(job: Job, config: dict[str, Any]) -> Any:
+    from transformers import initialization
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UnknownModel(
+            f"the installed transformers knows no model type `{model_type}`",
+            hint="pip install --upgrade transformers",
+        )
+    resolved = CONFIG_MAPPING[model_type].from_dict(config)
+    try:
+        with META, initialization.no_init_weights(), _flash_attention_allowed():
+            model = auto_class(config).from_config(
+                resolved, dtype=getattr(torch, job.dtype), attn_implementation=job.attention
+            )
+    except (ValueError, ImportError) as error:
+        raise ModelError(
+            f"transformers cannot build `{job.model}`: {first_line(error)}",
+            hint="another attention may help: `--set attention=eager`",
+        ) from error
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def _flash_attention_allowed() -> Iterator[None]:
+    """A model may have flash-attn's attention without the package: what it allocates stands in (packages.py)."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel._check_and_adjust_attn_implementation
+
+    def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation != "flash_attention_2":
+            return original(self, attn_implementation, *args, **kwargs)
+        self._flash_attn_can_dispatch(2, is_init_check=True)
+        return attn_implementation
+
+    with (
+        patch.object(PreTrainedModel, "_check_and_adjust_attn_implementation", check),
+        patch.object(PreTrainedModel, "_flash_attn_import_error", lambda *_, **__: None),
+    ):
+        yield
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList | None:
+    """The longest list of modules in a model that is not inside another list: its repeated blocks."""
+    longest = None
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            inside |= set(module.modules())
+            if longest is None or len(module) > len(longest):
+                longest = module
+    return longest
+
+
+def _select(job: Job, blocks: nn.ModuleList, *, whole: bool) -> Selection:
+    if whole:
+        return Selection(tuple(range(len(blocks))), {})
+    from memplan.npt.layers import layer_indices
+
+    converted = frozenset(layer_indices(job.npt.layers, len(blocks))) if job.method == "npt" else frozenset()
+    second = job.activation_checkpointing == "selective"
+    kinds: list[Hashable] = [
+        (_signature(block), index in converted, second and index % 2 == 1)
+        for index, block in enumerate(blocks)
+    ]
+    return choose_layers(kinds)
+
+
+def _signature(block: nn.Module) -> Hashable:
+    """What makes blocks alike: their modules, parameters, and plain settings such as a sliding window."""
+    modules = tuple(
+        (
+            name,
+            type(module).__name__,
+            tuple(
+                (key, value)
+                for key, value in sorted(vars(module).items())
+                if key not in ("layer_idx", "training")
+                and isinstance(value, (str, int, float, bool, type(None)))
+            ),
+        )
+        for name, module in block.named_modules()
+    )
+    return modules, tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+
+
+def _cut(model: Any, blocks: nn.ModuleList, selection: Selection) -> None:
+    """Leave only the selected blocks in the model, numbered anew, and make its config say so."""
+    kept = [blocks[index] for index in selection.layers]
+    num_layers = len(blocks)
+    for index, block in enumerate(kept):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    blocks._modules = {str(index): block for index, block in enumerate(kept)}
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
+        for key in ("num_hidden_layers", "n_layer", "num_layers"):
+            if getattr(config, key, None) == num_layers:
+                setattr(config, key, len(kept))
+        for key, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == num_layers:
+                setattr(config, key, [value[index] for index in selection.layers])
+
+
+def _renumber(job: Job, num_layers: int, selection: Selection) -> Job:
+    """The job with NPT layers counted as the cut model counts them."""
+    if job.method != "npt":
+        return job
+    from memplan.npt.layers import layer_indices
+
+    converted = set(layer_indices(job.npt.layers, num_layers))
+    positions = tuple(index for index, layer in enumerate(selection.layers) if layer in converted)
+    return replace(job, npt=replace(job.npt, layers=positions))

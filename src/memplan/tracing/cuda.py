@@ -1,0 +1,404 @@
+"""
+What PyTorch does on CUDA where it looks at the device: put in place of what it would do on meta tensors.
+
+Attributes are changes rather than intercepted by a TorchFunctionMode, which is off inside `backward()`, where
+checkpointed blocks are run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memplan.tape.backends import Call, Target
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.scratch import foreach_norm
+from memplan.tracing.recorder import Handler, Recorder, called_by_engine
+from memplan.tracing.replaced import replaced
+from memplan.tracing.scratch import SCRATCH
+
+aten = torch.ops.aten
+
+_IN_PLACE = (
+    "add",
+    "mul",
+    "div",
+    "addcmul",
+    "addcdiv",
+    "lerp",
+    "sqrt",
+    "sub",
+    "neg",
+    "zero",
+    "maximum",
+    "copy",
+)
+_OUT_OF_PLACE = ("add", "mul", "div", "addcmul", "addcdiv", "lerp", "sqrt", "sub", "neg", "maximum")
+
+
+# -- operations -------------------------------------------------------------------------------------------
+
+
+def _foreach_in_place(_: Recorder, func: Any, args: tuple[Any, ...], __: dict[str, Any]) -> Any:
+    if not args[0] or args[0][0].device.type != "meta":
+        return NotImplemented
+    return list(args[0]) if func._schema.returns else None
+
+
+def _foreach_new(recorder: Recorder, func: Any, args: tuple[Any, ...], _: dict[str, Any]) -> Any:
+    if not args[0] or args[0][0].device.type != "meta":
+        return NotImplemented
+    name = func._schema.name.removeprefix("aten::")
+    return [recorder.new_like(tensor, name) for tensor in args[0]]
+
+
+def _foreach_norms(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A scalar per tensor; the partial sums are made before and freed after."""
+    tensors = args[0]
+    if not tensors or tensors[0].device.type != "meta":
+        return NotImplemented
+    largest = max(tensor.numel() for tensor in tensors)
+    partial = torch.empty(
+        sum(foreach_norm(recorder.num_tensors(tensors), largest)), dtype=torch.uint8, device="meta"
+    )
+    recorder.adopt(partial, "workspace", "partial sums of norms")
+    dtype = kwargs.get("dtype")
+    return [
+        recorder.new_like(tensor.as_strided((), ()), "_foreach_norm", dtype or tensor.dtype)
+        for tensor in tensors
+    ]
+
+
+def _cudnn_forward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Its meta kernel always returns the log-sum-exp, which cuDNN leaves out where no gradient is needed."""
+    if args[0].device.type != "meta" or args[4]:
+        return NotImplemented
+    out = list(func(*args, **kwargs))
+    out[1] = None
+    for tensor in out:
+        if isinstance(tensor, Tensor):
+            recorder.see(tensor, "_scaled_dot_product_cudnn_attention")
+    return tuple(out)
+
+
+def _grouped_product(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """
+    Its meta kernel takes bfloat16 only, as that of Hopper does; others run it expert by expert, into the same output
+    (aten/src/ATen/native/cuda/GroupedBlas.cpp, _grouped_mm_cuda).
+    """
+    if args[0].device.type != "meta" or args[0].dtype == torch.bfloat16:
+        return NotImplemented
+    like = func(args[0].to(torch.bfloat16), args[1].to(torch.bfloat16), *args[2:], **kwargs)
+    out = torch.empty_strided(like.shape, like.stride(), dtype=args[0].dtype, device="meta")
+    recorder.see(out, "_grouped_mm")
+    return out
+
+
+def _nonzero(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where positions begin anew, as far as they are known."""
+    known = recorder.shadows.evaluate("aten::nonzero", func, args, kwargs)
+    if known is None:
+        return NotImplemented
+    out = torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device="meta")
+    recorder.see(out, "nonzero")
+    recorder.shadows.attach(out, known)
+    return out
+
+
+def _fused_step(_: Recorder, __: Any, args: tuple[Any, ...], ___: dict[str, Any]) -> Any:
+    return None if args[0][0].device.type == "meta" else NotImplemented
+
+
+def _safe_softmax(recorder: Recorder, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rows that are all masked are looked for, and written over in place (attention.cpp)."""
+    scores = args[0]
+    with recorder:
+        weights = torch.softmax(scores, args[1])
+        masked = scores.isneginf()
+        rows = masked.all(args[1], keepdim=True)
+        weights.masked_fill_(rows, 0.0)
+        zero = torch.empty((), dtype=weights.dtype, device=weights.device)
+        del zero, rows, masked
+    return weights
+
+
+def _packed_product(recorder: Recorder, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """
+    A 4-bit weight is unpacked for the product, whatever the trace's backend does: bitsandbytes has a kernel that need
+    not, but takes it for few tokens only (backends/cuda/ops.py, gemm_4bit: never beyond 1536).
+    """
+    if recorder.device_type != "meta":
+        return NotImplemented
+    named = dict(zip(_PACKED_ARGUMENTS, args)) | kwargs
+    inputs, constants, bits = named["A"], named["absmax"], torch.ops.bitsandbytes
+    with recorder:
+        if named.get("absmax_8bit") is not None:
+            nested = (named["absmax_8bit"], constants, named["absmax_code"], 256, torch.float32)
+            constants = bits.dequantize_blockwise.default(*nested)
+            constants += named["absmax_offset"]
+        packing = (named["blocksize"], named["quant_type"], named["shapeB"], inputs.dtype)
+        weight = bits.dequantize_4bit.default(named["B"], constants, *packing)
+        del constants
+        rows, bias = inputs.reshape(-1, inputs.shape[-1]), named.get("bias")
+        out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.view(*inputs.shape[:-1], -1)
+
+
+_PACKED_ARGUMENTS = (
+    "A", "B", "shapeB", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code", "absmax_offset",
+)  # fmt: skip
+
+
+def accumulation(sole_tensor: int, sole_storage: int) -> Handler:
+    """
+    The engine adds gradients in place where it holds the only reference, but not under a dispatch mode: there it
+    calls `add` (accumulate_grad.h: tensor subclasses and modes are left to their own devices).
+
+    Args:
+        sole_tensor, sole_storage: reference counts, seen from the handler, of a gradient that only the engine holds.
+    """
+
+    def accumulate(recorder: Recorder, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs or len(args) != 2 or torch.is_grad_enabled() or not isinstance(args[1], Tensor):
+            return NotImplemented
+        if args[0].shape != args[1].shape or not called_by_engine():
+            return NotImplemented
+        tensor = args[
+            0
+        ]  # the gradient that came first; the second is never added to (input_buffer.cpp, accumulate)
+        if tensor.device.type != recorder.device_type:
+            return NotImplemented
+        storage_count = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+        if tensor._use_count() > sole_tensor or storage_count > sole_storage:
+            return NotImplemented
+        if recorder.device_type == "cpu":
+            tensor.add_(args[1])
+        return tensor
+
+    return accumulate
+
+
+def _in_place(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """
+    Gradients of gathers are written into zeros in place, but not under a dispatch mode (FunctionsManual.cpp,
+    index_backward and value_selecting_reduction_backward).
+    """
+    if torch.is_grad_enabled() or not called_by_engine():
+        return NotImplemented
+    name = func._schema.name
+    if recorder.kernel_scratch and name in SCRATCH:
+        recorder.scratch(SCRATCH[name](*args, **kwargs), name.removeprefix("aten::"))
+    return getattr(aten, f"{name.removeprefix('aten::')}_")(*args, **kwargs)
+
+
+def handlers(sole_tensor: int, sole_storage: int) -> dict[str, Handler]:
+    """By operator name, what runs instead of it on meta tensors."""
+    table: dict[str, Handler] = {f"aten::_foreach_{name}_": _foreach_in_place for name in _IN_PLACE}
+    table |= {f"aten::_foreach_{name}": _foreach_new for name in _OUT_OF_PLACE}
+    table["aten::_foreach_norm"] = _foreach_norms
+    for name in ("adamw", "adam", "sgd"):
+        table[f"aten::_fused_{name}_"] = _fused_step
+    table["aten::index_put"] = table["aten::scatter"] = _in_place
+    table["aten::_scaled_dot_product_cudnn_attention"] = _cudnn_forward
+    table["aten::_grouped_mm"] = _grouped_product
+    table["aten::nonzero"] = _nonzero
+    table["aten::_safe_softmax"] = _safe_softmax
+    table["bitsandbytes::gemm_4bit"] = _packed_product
+    table["aten::add"] = accumulation(sole_tensor, sole_storage)
+    return table
+
+
+# -- functions ---------------------------------------------------------------------------------------------
+
+
+def _attention(target: Target) -> Callable[..., Tensor]:
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        unequal = query.shape[1] != key.shape[1]
+        kernel = target.kernel_for(
+            Call(
+                dtype=str(query.dtype).removeprefix("torch."),
+                head_dim=query.shape[-1],
+                masked=attn_mask is not None,
+                dropout=dropout_p > 0,
+                grouped=unequal and enable_gqa,
+                broadcast=unequal and not enable_gqa,
+                trains=_needs_grad(query, key, value),
+            )
+        )
+        if kernel == "flash_cpu":
+            bias = None if attn_mask is None else _additive_bias(attn_mask, query)
+            return _first(
+                aten._scaled_dot_product_flash_attention_for_cpu(
+                    query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
+                )
+            )
+        if kernel == "flash":
+            return _flash(query, key, value, dropout_p, is_causal, scale)
+        if kernel == "math":
+            return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        needs_grad = _needs_grad(query, key, value)
+        if kernel == "cudnn":
+            bias = None if attn_mask is None else _additive_bias(attn_mask, query)
+            return _first(
+                aten._scaled_dot_product_cudnn_attention(
+                    query, key, value, bias, needs_grad, dropout_p, is_causal, scale=scale
+                )
+            )
+        bias = None if attn_mask is None else _bias(attn_mask, query, key)
+        return _first(
+            aten._scaled_dot_product_efficient_attention(
+                query, key, value, bias, needs_grad, dropout_p, is_causal, scale=scale
+            )
+        )
+
+    return scaled_dot_product_attention
+
+
+def _first(outputs: tuple[Any, ...]) -> Tensor:
+    """`std::get<0>`: the other members of the tuple go in order."""
+    members = list(outputs)
+    del outputs
+    first: Tensor = members.pop(0)
+    while members:
+        members.pop(0)
+    return first
+
+
+def _math(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """
+    _scaled_dot_product_attention_math of attention.cpp, which adds the mask in place only where no dispatch mode is on,
+    and takes another dropout on CUDA.
+    """
+    dtype = query.dtype
+    if mask is not None and mask.dtype == torch.bool:
+        mask = _additive(mask, dtype)
+    if dtype in (torch.float16, torch.bfloat16):
+        query, key, value = query.float(), key.float(), value.float()
+    factor = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scaled = query * factor
+    if is_causal:
+        lower = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = _additive(lower, query.dtype)
+        del lower
+    groups = query.shape[1] // key.shape[1]
+    if enable_gqa and groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    weights = scaled @ (key.transpose(-2, -1) * factor)
+    if mask is not None:
+        weights.add_(mask)
+    weights = torch._safe_softmax(weights, -1)
+    if dropout_p:
+        weights = F.dropout(weights, dropout_p)
+    returned = weights.to(dtype)
+    out = (weights @ value).to(dtype)
+    del weights, key, value, scaled, mask, query, returned
+    return out
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(mask, 0.0, torch.scalar_tensor(-math.inf, dtype=dtype, device=mask.device))
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Heads are padded to a multiple of 8 (pad_last_dim in attention.cpp)."""
+    head_dim = query.shape[-1]
+    if head_dim % 8:
+        scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        query, key, value = (F.pad(tensor, (0, 8 - head_dim % 8)) for tensor in (query, key, value))
+    out = _first(
+        aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)
+    )
+    return out[..., :head_dim] if head_dim % 8 else out
+
+
+def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """
+    What the memory-efficient kernel takes: additive, rows padded to 8 elements (convert_boolean_attn_mask and
+    preprocess_mask in attention.cpp).
+    """
+    mask = _additive_bias(mask, query)
+    columns = mask.shape[-1]
+    if columns % 8:
+        mask = F.pad(mask, (0, 8 - columns % 8))[..., :columns]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _additive_bias(mask: Tensor, query: Tensor) -> Tensor:
+    """convert_boolean_attn_mask of attention.cpp, which every fused kernel is given the mask through."""
+    return mask if mask.dtype != torch.bool else _additive(mask, query.dtype)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """native_dropout keeps a mask of bools; the composite form would keep one of the input's dtype."""
+    if p == 0 or not training or input.numel() == 0:
+        return input
+    if inplace:
+        return torch.dropout_(input, p, training)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _softmax(input: Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """float16 to float32 happens inside the kernel."""
+    if input.dtype == torch.float16 and dtype == torch.float32:
+        return aten._softmax(input, dim, True)
+    return torch.softmax(input, dim, dtype=dtype) if dtype is not None else torch.softmax(input, dim)
+
+
+def target_of(behaviour: Behaviour, device: str) -> Target:
+    """What chooses attention's kernel where the torch at hand runs."""
+    version = torch.__version__.split("+")[0].split(".")
+    numbers = tuple(int(part) for part in version if part.isdigit())
+    return replace(behaviour, torch=numbers).target(device)
+
+
+@contextlib.contextmanager
+def like_device(target: Target) -> Iterator[None]:
+    """Python code treats meta tensors as it treats those of the target."""
+    import torch.nn.utils.clip_grad as clip_grad
+    import torch.optim.optimizer as optimizer
+    import torch.utils._foreach_utils as foreach_utils
+
+    changes: list[tuple[Any, str, Any]] = [(F, "scaled_dot_product_attention", _attention(target))]
+    if target.device == "cuda":
+        changes += [(F, "dropout", _dropout), (F, "softmax", _softmax)]
+    for kind in ("foreach", "fused"):
+        name = f"_get_{kind}_kernels_supported_devices"
+        supported = [*getattr(foreach_utils, name)(), "meta"]
+        # On the CPU clipping takes the foreach kernels, and optimizers that are not told otherwise do not.
+        in_loops = [optimizer] if kind == "foreach" and target.device == "cpu" else []
+        for module in (foreach_utils, optimizer, clip_grad):
+            if hasattr(module, name) and module not in in_loops:
+                changes.append((module, name, lambda supported=supported: supported))
+    with replaced(changes):
+        yield

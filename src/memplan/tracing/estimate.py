@@ -1,0 +1,74 @@
+"""From a job to its result through a trace of the real step."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from memplan.budget.estimate import summarise
+from memplan.budget.host import host_of
+from memplan.budget.notes import attention_notes
+from memplan.budget.result import Result
+from memplan.errors import MemplanError, TraceError
+from memplan.job.spec import Job
+from memplan.tape.tape import WrittenTape
+
+NEEDED = ("torch", "transformers", "peft")
+
+
+def missing_software() -> list[str]:
+    """Packages that a trace needs and that are not installed."""
+    return [name for name in NEEDED if find_spec(name) is None]
+
+
+def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -> tuple[WrittenTape, Result]:
+    """
+    Where every byte of the job goes, with the model, adapters, optimizer and loop of the software at hand.
+
+    Args:
+        config: the model's `config.json`.
+
+    Raises:
+        TraceError: software is missing, or the job cannot be run on meta tensors.
+        UnknownModel: the installed transformers cannot build the model.
+    """
+    missing = missing_software()
+    if missing:
+        raise TraceError(
+            f"a trace runs the real model, and `{missing[0]}` is not installed",
+            hint='pip install "memplan[train]", or use `--engine shape`',
+        )
+    from importlib.metadata import version
+
+    from memplan.tracing.writer import trace_job
+
+    try:
+        traced = trace_job(job, config, device=device)
+    except MemplanError:
+        raise
+    except Exception as error:  # of torch, transformers, peft, or a model's own code
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TraceError(
+            f"`{job.model}` cannot be run on meta tensors: {reason}", hint="use `--engine shape`"
+        ) from error
+    engine = {"name": "trace", "device": device} | {name: version(name) for name in NEEDED}
+    host = host_of(job, traced.sizes)
+    result = summarise(traced, job, engine=engine, host=host, parameters=traced.parameters)
+    return traced, result.with_warnings(
+        *attention_notes(job, traced.target), *_notes(job, traced.unknown_values)
+    )
+
+
+def _notes(job: Job, unknown_values: int) -> list[str]:
+    from memplan.tracing.packages import FLASH_ATTENTION, LIGER
+
+    notes = []
+    if job.attention == "flash_attention_2":
+        notes.append(f"flash-attn is stood in for: what {FLASH_ATTENTION} allocates, read from its source")
+    if job.loss == "fused" and job.method != "npt":
+        notes.append(f"Liger is stood in for: what liger-kernel {LIGER} allocates, read from its source")
+    if unknown_values:
+        notes.append(
+            f"the model's code looked at {unknown_values} values that only real data has; the trace took them as 1"
+        )
+    return notes

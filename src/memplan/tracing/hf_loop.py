@@ -1,0 +1,177 @@
+"""transformers' own `Trainer.train()` on meta tensors."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.errors import RunError, TraceError
+from memplan.hf.arguments import check_trainer, training_arguments
+from memplan.hf.trainer import collate, observed_trainer
+from memplan.job.spec import Job
+from memplan.tracing.build import META
+from memplan.tracing.recorder import Recorder
+
+MICRO_BATCHES = 3
+"""From the third micro batch of a step on nothing changes, so no more are run."""
+
+_LAUNCHERS = ("ACCELERATE_", "FSDP_", "DEEPSPEED_", "PARALLELISM_CONFIG_")
+_RANKS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+)
+
+
+def check(job: Job) -> None:
+    """Raise TraceError where the Trainer does not do what the job asks."""
+    try:
+        check_trainer(job)
+    except RunError as refusal:
+        raise TraceError(refusal.message, hint=refusal.hint) from refusal
+
+
+def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int) -> None:
+    """
+    Steps 1 to `num_steps` of the Trainer, recorded. accelerate is made to believe that its device is `meta`, so that
+    it moves batches, casts and wraps `forward` as it would for a GPU. The scalars of float16's gradient scaler are not
+    there.
+    """
+    check(job)
+    num_batches = job.gradient_accumulation_steps
+    job = replace(job, gradient_accumulation_steps=min(num_batches, MICRO_BATCHES))
+    observed: Any = observed_trainer(recorder.mark, lambda step: None)
+
+    class OnMeta(observed):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            pretend_meta(job.autocast)
+            if job.autocast == "float16":
+                self.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda module, **_: prepare(module, device_placement=False)
+
+        def _move_model_to_device(self, *_: Any) -> None:
+            """The model is where it is."""
+
+        def create_optimizer(self, *positional: Any, **options: Any) -> Any:
+            optimizer = super().create_optimizer(*positional, **options)
+            recorder.watch(trained_parameters(self.model), optimizer)
+            return optimizer
+
+        def get_batch_samples(self, *positional: Any, **options: Any) -> Any:
+            batches, num_items = super().get_batch_samples(*positional, **options)
+            held = _Batches(batches)
+            # Those that are not run are on the device as well.
+            held.others = [
+                {name: torch.empty_like(tensor) for name, tensor in batches[-1].items()}
+                for _ in range(num_batches - len(batches))
+            ]
+            for other in held.others:
+                for name, tensor in other.items():
+                    recorder.name(tensor, "inputs", name)
+            return held, num_items
+
+    rows = [{"input_ids": [0] * job.max_seq_len}] * (
+        job.micro_batch_size * job.gradient_accumulation_steps * num_steps
+    )
+    with apart(), TemporaryDirectory(prefix="memplan-") as folder:
+        arguments = training_arguments(
+            # accelerate refuses float16 on the CPU, where it believes to be until it is told otherwise.
+            job if job.autocast is None else replace(job, autocast="bfloat16"),
+            folder,
+            steps=num_steps,
+            use_cpu=True,
+            base=_arguments_on_meta(),
+            dataloader_pin_memory=False,
+            logging_nan_inf_filter=False,  # it looks at the loss, which has no value here
+        )
+        OnMeta(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
+
+
+class _Batches(list[Any]):
+    """The micro batches of a step that are run, and what is beside them."""
+
+    others: list[Any]
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by the names it has without peft."""
+    return {
+        name.removeprefix("base_model.model."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _arguments_on_meta() -> type:
+    from transformers import TrainingArguments
+
+    class ArgumentsOnMeta(TrainingArguments):
+        @property
+        def device(self) -> torch.device:
+            _ = super().device  # sets up what else hangs on it
+            return META
+
+    return ArgumentsOnMeta
+
+
+def pretend_meta(autocast: str | None) -> None:
+    from accelerate.state import AcceleratorState, PartialState
+
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["device"] = META
+    if autocast == "float16":
+        AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """
+    accelerate's process-wide state, what launchers tell it through the environment, and random states: as they were,
+    so that a run in this process goes on as if nothing had been.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = [state._shared_state for state in (AcceleratorState, PartialState, GradientState)]
+    before = [dict(state) for state in states]
+    environment = dict(os.environ)
+    python_random = random.getstate()
+    try:
+        for state in states:
+            state.clear()
+        for name in environment:
+            if name in _RANKS or name.startswith(_LAUNCHERS):
+                del os.environ[name]
+        with torch.random.fork_rng(devices=[]), _numpy_random():
+            yield
+    finally:
+        random.setstate(python_random)
+        os.environ.clear()
+        os.environ.update(environment)
+        for state, values in zip(states, before):
+            state.clear()
+            state.update(values)
+
+
+@contextmanager
+def _numpy_random() -> Iterator[None]:
+    import numpy
+
+    state = numpy.random.get_state()
+    try:
+        yield
+    finally:
+        numpy.random.set_state(state)

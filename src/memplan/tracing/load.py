@@ -1,0 +1,98 @@
+"""Loading as the trainer does it: base tensors in module order, 4-bit layers packed one by one, then what trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.job.spec import Job
+from memplan.tracing.build import META, MetaModel
+from memplan.tracing.places import Place, places_of
+from memplan.tracing.recorder import Recorder
+from memplan.train.parallel import local_part
+from memplan.train.skeleton import is_sharded
+
+
+def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = False) -> None:
+    """
+    Record how the model gets its memory, and tell the recorder where its modules are.
+
+    `on_device`: as `from_pretrained` does it with a `device_map` (Behaviour.loads_on_device).
+    """
+    model = meta.built.model
+    places = places_of(model, meta.blocks, meta.selection.layers, meta.built.head)
+    recorder.places.tell(places)
+    recorder.mark("load", 0)
+    if on_device:
+        recorder.scratch((_checkpoint_bytes(job, meta, places),), "room for the model's weights")
+    adapters = []
+    for module, place in places.items():
+        if job.method == "qlora" and hasattr(module, "pack_weight"):
+            _pack(recorder, module, place)
+        for name, parameter in module.named_parameters(recurse=False):
+            held = local_part(parameter)
+            if recorder.host is not None:
+                recorder.host.add(held)
+            if parameter.requires_grad and job.method != "full":
+                adapters.append((held, _where(place, name), place.layer))
+            else:
+                recorder.adopt(held, "weights", _where(place, name), place.layer)
+        for name, buffer in module.named_buffers(recurse=False):
+            recorder.adopt(buffer, "weights", _where(place, name), place.layer)
+    if job.method == "qlora" and job.quantization.kbit_preparation:
+        from memplan.train.quantize import prepare_kbit
+
+        with recorder.active():
+            prepare_kbit(model)
+    for parameter, where, layer in adapters:
+        recorder.adopt(parameter, "adapters", where, layer)
+
+
+def _checkpoint_bytes(job: Job, meta: MetaModel, places: dict[nn.Module, Place]) -> int:
+    """Bytes of all weights as `from_pretrained` counts them: half a byte per element of one that is packed."""
+    stands_for = meta.multiplicity()
+    total = 0
+    counted: set[int] = set()
+    for module, place in places.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in counted or (parameter.requires_grad and job.method != "full"):
+                continue
+            counted.add(id(parameter))
+            num_bytes = parameter.numel() * parameter.element_size()
+            if name == "weight" and hasattr(module, "pack_weight"):
+                num_bytes = module.in_features * module.out_features // 2
+            total += num_bytes * (1 if place.layer is None else stands_for.get(place.layer, 1))
+    return total
+
+
+def _where(place: Place, name: str) -> str:
+    return f"{place.path}.{name}" if place.path else name
+
+
+def _pack(recorder: Recorder, module: Any, place: Place) -> None:
+    """
+    The weight arrives in 16 bits and is there until its packed form is. Of that a rank that shards copies its part.
+    """
+    name = _where(place, "weight").replace(".base_layer.", ".")
+    shape = (module.out_features, module.in_features)
+    weight = torch.empty(shape, dtype=module.weight_dtype, device=META)
+    recorder.adopt(weight, "workspace", f"{name} before packing", place.layer)
+    with recorder.active(), recorder.places.at(place):
+        packed = module.pack_weight(weight)
+    del weight
+    if not is_sharded(module.weight):
+        module.weight = packed
+        recorder.name(packed, "weights", name)
+    _name_state(recorder, module.quant_state, name)
+
+
+def _name_state(recorder: Recorder, state: Any, name: str) -> None:
+    """The constants of a packed weight, and those of the constants."""
+    for key in ("absmax", "code", "offset"):
+        tensor = getattr(state, key, None)
+        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter):
+            recorder.name(tensor, "quant_state", f"{name} {key}")
+    if state.state2 is not None:
+        _name_state(recorder, state.state2, f"{name} nested")

@@ -1,0 +1,74 @@
+"""The scratch table (memplan.tape.scratch) by operator: from the arguments of a call to bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from memplan.tape import scratch
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _softmax_backward(grad: Tensor, *_: Any, **__: Any) -> list[int]:
+    return scratch.softmax_backward(_num_bytes(grad))
+
+
+def _embedding_backward(grad: Tensor, indices: Tensor, *_: Any, **__: Any) -> list[int]:
+    return scratch.embedding_backward(indices.numel(), grad.shape[-1])
+
+
+def _flash_backward(_: Tensor, query: Tensor, key: Tensor, *__: Any, **___: Any) -> list[int]:
+    batch, heads, length, head_dim = query.shape
+    return scratch.flash_backward(
+        batch, heads, key.shape[1], length, key.shape[2], head_dim, query.element_size()
+    )
+
+
+def _cudnn_backward(_: Tensor, query: Tensor, *__: Any, **___: Any) -> list[int]:
+    batch, heads, length, head_dim = query.shape
+    return scratch.cudnn_backward(batch, heads, length, head_dim)
+
+
+def _efficient_backward(_: Tensor, query: Tensor, key: Tensor, *__: Any, **___: Any) -> list[int]:
+    batch, heads, length, head_dim = query.shape
+    return scratch.efficient_backward(batch, heads, length, key.shape[2], head_dim, query.element_size())
+
+
+def _index_put(_: Tensor, indices: Any, __: Tensor, accumulate: bool = False, *___: Any) -> list[int]:
+    if not accumulate:
+        return []
+    counts = [index.numel() for index in indices if isinstance(index, Tensor)]
+    return scratch.index_put_accumulate(max(counts, default=0))
+
+
+def _sort(values: Tensor, *_: Any, **__: Any) -> list[int]:
+    return scratch.sort(values.numel()) if values.dim() == 1 else []
+
+
+def _product(*operands: Any, **_: Any) -> list[int]:
+    """bmm and baddbmm: the two operands come last."""
+    return [
+        num_bytes
+        for operand in operands[-2:]
+        for num_bytes in scratch.batched_operand(operand.shape, operand.stride(), operand.element_size())
+    ]
+
+
+SCRATCH: dict[str, Callable[..., list[int]]] = {
+    "aten::_softmax_backward_data": _softmax_backward,
+    "aten::embedding_dense_backward": _embedding_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "aten::_scaled_dot_product_cudnn_attention_backward": _cudnn_backward,
+    "aten::sort": _sort,
+    "aten::bmm": _product,
+    "aten::baddbmm": _product,
+    "aten::index_put": _index_put,
+    "aten::index_put_": _index_put,
+    "aten::_index_put_impl_": _index_put,
+}

@@ -1,0 +1,138 @@
+"""
+The trace writer: a job's real model, adapters, optimizer and loop, run on meta tensors with the versions at hand.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from memplan.budget.host import HostSizes
+from memplan.budget.result import ParameterCount
+from memplan.job.spec import Job
+from memplan.tape.backends import Target
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.repeat import Expansion, NotRepeatable
+from memplan.tape.tape import Storage, Tape
+from memplan.tracing.autocast import emulated
+from memplan.tracing.build import META, build_meta
+from memplan.tracing.calibrate import sole_owner_counts
+from memplan.tracing.cuda import handlers, like_device, target_of
+from memplan.tracing.host import HostMemory, HostMover
+from memplan.tracing.load import load
+from memplan.tracing.loops import run_loop
+from memplan.tracing.optimizers import bitsandbytes_on_meta, own_quantization_maps
+from memplan.tracing.packages import stand_ins
+from memplan.tracing.recorder import Recorder
+from memplan.tracing.sharded import finish_reductions, is_distributed, rank_zero
+from memplan.train.group import Group
+from memplan.train.offload import PlainMover
+from memplan.train.parallel import Parallel, is_sharded
+from memplan.train.refusals import TORCH_OPTIMIZERS
+
+NUM_STEPS = 2
+"""Optimizer states appear in the first step; from the second on every step is the same."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The tape of a traced job, and what was learnt of the model on the way."""
+
+    expansion: Expansion
+    parameters: ParameterCount
+    sizes: HostSizes
+    """What host memory depends on."""
+    target: Target
+    """What attention ran on, and in which kernels."""
+    unknown_values: int
+    """How often the model's code looked at a value that is not known; it was told 1."""
+
+    def flatten(self) -> Tape:
+        return self.expansion.flatten()
+
+    def categories(self) -> list[str]:
+        return self.expansion.categories()
+
+    def describe(self, storage_id: int) -> Storage:
+        return self.expansion.describe(storage_id)
+
+
+def trace_job(
+    job: Job, config: dict[str, Any], *, device: str = "cuda", num_steps: int = NUM_STEPS, whole: bool = False
+) -> Traced:
+    """
+    The tape of loading and of `num_steps` optimizer steps, written by running them on meta tensors.
+
+    Args:
+        config: the model's `config.json`.
+        device: `cuda` or `cpu`: whose kernels and libraries the tape is of.
+        whole: trace every block; else a few, which are repeated exactly where they are alike.
+
+    Raises:
+        TraceError: the job cannot be run on meta tensors.
+        UnknownModel: the installed transformers cannot build the model.
+    """
+    # DDP's buckets hold gradients of several blocks.
+    if not whole and not (job.world_size > 1 and not is_sharded(job)):
+        with suppress(NotRepeatable):
+            return _trace(job, config, device, num_steps, whole=False)
+    return _trace(job, config, device, num_steps, whole=True)
+
+
+def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, whole: bool) -> Traced:
+    behaviour = Behaviour.for_job(job)
+    target = target_of(behaviour, device)
+    on_gpu = device == "cuda"
+    recorder = Recorder(
+        handlers=handlers(*sole_owner_counts()),
+        workspace_bytes=behaviour.cublas_workspace_bytes if on_gpu else 0,
+        kernel_scratch=on_gpu,
+    )
+    with _quiet(), ExitStack() as stack:
+        group = stack.enter_context(rank_zero(recorder, job)) if is_distributed(job) else Group(device=META)
+        meta = build_meta(job, config, group, mover=HostMover() if on_gpu else PlainMover(), whole=whole)
+        stack.enter_context(stand_ins(recorder, job))
+        stack.enter_context(like_device(target))
+        stack.enter_context(emulated(casts=job.autocast is not None))
+        recorder.multiplicity = meta.multiplicity()
+        if job.has_4bit_base:
+            stack.enter_context(own_quantization_maps())
+        if job.optimizer not in TORCH_OPTIMIZERS:
+            stack.enter_context(bitsandbytes_on_meta())
+        if job.offload.params:
+            recorder.host = HostMemory()
+            stack.enter_context(recorder.host.fetching(recorder))
+        load(recorder, job, meta, on_device=on_gpu and behaviour.loads_on_device)
+        stack.enter_context(recorder.active())
+        parallel = Parallel(job, meta.built, group, root=meta.root)
+        finish_reductions(parallel)
+        held = run_loop(job, meta.built, parallel, recorder, num_steps)
+    events = recorder.events[:]  # what is freed from here on, when the model goes, is not part of the tape
+    del held
+    trainable = meta.count_added()
+    total = meta.num_parameters + (0 if job.method == "full" else trainable)
+    return Traced(
+        Expansion(recorder, events, recorder.marks, meta.selection),
+        ParameterCount(total=total, trainable=trainable, active=total),
+        meta.sizes(trainable),
+        target,
+        recorder.unknown_values,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of libraries, and no garbage collection in between: it frees what only cycles hold."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,56 @@
+"""What waits in host memory: off the tape, and the same RAM by both engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memplan.budget.estimate import estimate
+from memplan.model import architecture_from_config
+from memplan.tracing.estimate import estimate_traced
+from tracing.comparison import compare
+from tracing.test_shape_equals_trace import assert_equal
+from tracing.tiny import CONFIGS, job
+
+OFFLOAD = {"activation_offload": True, "activation_checkpointing": "full"}
+SHARDED = {"parallel__strategy": "FULL_SHARD", "parallel__dp_shard": 4}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "lora", "dtype": "float32", "autocast": "bfloat16", "gradient_accumulation_steps": 2},
+        {"activation_checkpointing": "selective"},
+        SHARDED,
+    ],
+    ids=str,
+)
+def test_inputs_of_blocks_come_back_for_their_recomputation(settings: dict[str, Any]) -> None:
+    both = compare(job(**OFFLOAD | settings), CONFIGS["llama"])
+    assert_equal(both)
+    kept = compare(job(**OFFLOAD | settings | {"activation_offload": False}), CONFIGS["llama"])
+    assert both.peaks()[1] < kept.peaks()[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("llama", OFFLOAD | {"activation_checkpointing": "selective"}),
+        ("gpt2", {"offload__params": True, "method": "lora"}),
+        (
+            "qwen2, tied",
+            SHARDED
+            | {"parallel__strategy": "HYBRID_SHARD", "parallel__dp_replicate": 2, "offload__params": True},
+        ),
+        ("qwen3", {"method": "npt", "load__ram_efficient": False}),
+        ("llama", {"optimizer": "paged_adamw", "method": "lora"}),
+    ],
+    ids=str,
+)
+def test_both_engines_say_the_same_host_memory(model: str, settings: dict[str, Any]) -> None:
+    task, config = job(**settings), CONFIGS[model]
+    planned = estimate(task, architecture_from_config(config, name="tiny", source="test"))
+    traced = estimate_traced(task, config)[1]
+    assert planned.host == traced.host
+    assert planned.host is not None and planned.host.peak_bytes > 0

@@ -1,0 +1,80 @@
+"""4-bit bases and optimizers other than AdamW: what the trace allocates for them, and the shape writer plans."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from memplan.tracing.writer import trace_job
+from tracing.comparison import BIG_BYTES, compare
+from tracing.tiny import CONFIGS, job
+
+pytest.importorskip("bitsandbytes")
+
+WIDE = CONFIGS["llama"] | {"hidden_size": 256, "intermediate_size": 704}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_packed_base_peaks_where_the_shape_writer_says(double_quant: bool, checkpointing: str) -> None:
+    settings = {"quantization__double_quant": double_quant, "activation_checkpointing": checkpointing}
+    shape, trace = compare(job(method="qlora", **settings), WIDE).peaks()
+    assert abs(shape / trace - 1) < 0.005
+
+
+def test_packed_weights_and_their_constants_are_named() -> None:
+    traced = trace_job(job(method="qlora"), WIDE)
+    held = {traced.describe(index).category for index in range(1, 200)}
+    assert {"weights", "quant_state"} <= held
+    packed = next(
+        storage
+        for storage in map(traced.describe, range(1, 200))
+        if storage.where == "model.layers.0.mlp.up_proj.weight"
+    )
+    assert packed.num_bytes == 704 * 256 // 2
+
+
+def test_a_script_unpacks_weights_as_the_shape_writer_says() -> None:
+    """Every allocation of the steps: unpacked weights and constants, inputs made to require gradients, and the rest."""
+    settings = {"activation_checkpointing": "full", "quantization__kbit_preparation": True}
+    both = compare(job(method="qlora", loop="script", **settings), WIDE)
+    shape, trace = (
+        Counter(tape.sizes[event] for event in tape.events[tape.marks[1].event :] if event > 0)
+        for tape in (both.shape.flatten(), both.trace.flatten())
+    )
+    big = {size for size in shape | trace if size >= BIG_BYTES}
+    assert {size: shape[size] for size in big} == {size: trace[size] for size in big}
+
+
+def test_a_loader_makes_the_same_room_for_the_weights() -> None:
+    """caching_allocator_warmup, by both writers."""
+    both = compare(job(method="qlora", loop="script"), WIDE)
+    shape, trace = (tape.sizes[tape.events[0]] for tape in (both.shape.flatten(), both.trace.flatten()))
+    assert shape == trace
+
+
+def test_kbit_preparation_makes_the_rest_float32() -> None:
+    plain, prepared = (
+        trace_job(job(method="qlora", quantization__kbit_preparation=flag), WIDE) for flag in (False, True)
+    )
+    assert _live_after_loading(prepared) - _live_after_loading(plain) > 2 * 1000 * 256 * 2
+
+
+def _live_after_loading(traced: object) -> int:
+    tape = traced.flatten()  # type: ignore[attr-defined]
+    end = tape.marks[1].event
+    return sum(tape.sizes[event] if event > 0 else -tape.sizes[-event] for event in tape.events[:end])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion"])
+def test_states_of_bitsandbytes(optimizer: str) -> None:
+    shape, trace = compare(job(optimizer=optimizer), WIDE | {"hidden_size": 512}).peaks()
+    assert abs(shape / trace - 1) < 0.005
+
+
+@pytest.mark.parametrize("kernel", ["fused", "foreach", "loop"])
+@pytest.mark.parametrize("optimizer", ["adafactor", "sgd"])
+def test_torchs_optimizers(optimizer: str, kernel: str) -> None:
+    shape, trace = compare(job(optimizer=optimizer, optimizer_kernel=kernel), WIDE).peaks()
+    assert abs(shape / trace - 1) < 0.005
