@@ -1,0 +1,151 @@
+"""The largest micro batch that a Trainer's own data and collator make."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memplan.errors import DataError
+
+MOST_ROWS = 20_000
+"""Rows whose lengths are looked at; of more, these many are drawn."""
+MOST_MADE_ROWS = 1_000
+"""The same, where looking at a row may mean to read a file or to tokenize."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch as the model is given it, and what is to be known of it."""
+
+    tensors: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(sequences, tokens) of `input_ids`; None where there are none."""
+        shape: Any = getattr(self.tensors.get("input_ids"), "shape", ())
+        return (int(shape[0]), int(shape[1])) if len(shape) == 2 else None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the attention mask masks anything."""
+        mask = self.tensors.get("attention_mask")
+        return isinstance(mask, torch.Tensor) and not bool(mask.all())
+
+    def __str__(self) -> str:
+        shape = self.shape
+        return (
+            "a micro batch of the data"
+            if shape is None
+            else f"micro batches of {shape[0]} x {shape[1]} tokens"
+        )
+
+
+def largest_batch(trainer: Any, max_seq_len: int | None = None) -> Batch:
+    """
+    A micro batch of the longest rows, made by the Trainer's collator; with `max_seq_len` one of that length, of
+    `input_ids`, `attention_mask` and `labels`.
+
+    Raises:
+        DataError: the rows cannot be looked at without using them up, as those of a stream.
+    """
+    size = trainer._train_batch_size or trainer.args.train_batch_size
+    if max_seq_len is not None:
+        return full_batch(size, max_seq_len)
+    dataset, collate = _rows_and_collator(trainer)
+    if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            "the training data is a stream, whose longest row is not known", hint="give `max_seq_len`"
+        )
+    lengths, notes = _lengths(dataset)
+    order = sorted(lengths, key=lambda index: lengths[index], reverse=True)
+    chosen = (order * size)[:size]
+    with _same_randomness():
+        tensors = _collated(collate, dataset, chosen)
+        if (
+            size > 1
+            and len({lengths[index] for index in chosen}) == 1
+            and lengths[order[-1]] < lengths[order[0]]
+        ):
+            # Beside a shorter row the longest ones are padded, and then there is a mask.
+            padded = _collated(collate, dataset, [*chosen[:-1], order[-1]])
+            if _shape(padded) == _shape(tensors):
+                tensors = padded
+    return Batch(tensors, tuple(notes))
+
+
+def full_batch(size: int, length: int) -> Batch:
+    """`size` sequences of `length` tokens without padding."""
+    ids = torch.zeros((size, length), dtype=torch.int64)
+    return Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()})
+
+
+def _rows_and_collator(trainer: Any) -> tuple[Any, Any]:
+    """Those of the Trainer's own loader, which is made and left behind."""
+    known = list(trainer.accelerator._dataloaders)
+    try:
+        with _same_randomness():
+            loader = trainer.get_train_dataloader()
+    finally:
+        trainer.accelerator._dataloaders[:] = known
+    return loader.dataset, loader.collate_fn
+
+
+def _lengths(dataset: Any) -> tuple[dict[int, int], list[str]]:
+    """Lengths of rows by index, and what to say of them."""
+    count = len(dataset)
+    if not count:
+        raise DataError("the training data is empty", hint="give the Trainer a `train_dataset` with rows")
+    if _length(dataset[0]) is None:
+        # Only the collator knows how long they become.
+        notes = ["rows have no `input_ids`: the first ones are taken for the longest"]
+        return dict.fromkeys(range(min(count, MOST_MADE_ROWS)), 0), notes
+    is_column = hasattr(dataset, "select_columns") and "input_ids" in dataset.column_names
+    if is_column:
+        dataset = dataset.select_columns(["input_ids"])
+    most = MOST_ROWS if is_column or isinstance(dataset, list) else MOST_MADE_ROWS
+    if count <= most:
+        indices, notes = list(range(count)), []
+    else:
+        indices = sorted(random.Random(0).sample(range(count), most))
+        notes = [f"the longest of {most:,} rows out of {count:,} is taken for the longest"]
+    return {index: _length(dataset[index]) or 0 for index in indices}, notes
+
+
+def _length(row: Any) -> int | None:
+    ids: Any = row.get("input_ids") if isinstance(row, Mapping) else None
+    return len(ids) if hasattr(ids, "__len__") else None
+
+
+def _collated(collate: Any, dataset: Any, indices: list[int]) -> dict[str, Any]:
+    rows = [dataset[index] for index in indices]
+    batch = collate([dict(row) if isinstance(row, Mapping) else row for row in rows])
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"the data collator makes a {type(batch).__name__}, and a Trainer's model takes named tensors",
+            hint="make the collator return a dict",
+        )
+    return dict(batch)
+
+
+def _shape(tensors: dict[str, Any]) -> Any:
+    return getattr(tensors.get("input_ids"), "shape", None)
+
+
+@contextmanager
+def _same_randomness() -> Iterator[None]:
+    """Collators may draw; the run draws afterwards as if they had not."""
+    import numpy
+
+    states = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])

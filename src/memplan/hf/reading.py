@@ -1,0 +1,273 @@
+"""
+What a Trainer's objects say, as fields of a job: arguments, model, adapters, quantization. What a job has no words for
+is listed, never left out in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from memplan.errors import JobError
+from memplan.job.spec import AllocatorSettings, Job
+
+_OVERRIDDEN = (
+    "compute_loss", "training_step", "create_optimizer", "get_batch_samples", "_prepare_inputs", "_clip_grad_norm",
+    "_inner_training_loop", "_run_epoch",
+)  # fmt: skip
+"""Methods of transformers' Trainer that decide what a step takes."""
+
+_KERNELS = {"sgd": "foreach", "adamw_torch": "foreach"}
+"""Of torch's optimizers when nothing else is asked for; on the CPU torch steps in a loop."""
+
+_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None), "bias": ("none",), "modules_to_save": (None, []), "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}), "layers_to_transform": (None, []), "target_parameters": (None, []),
+    "trainable_token_indices": (None, []), "layer_replication": (None, []), "lora_bias": (False, None),
+    "use_qalora": (False, None), "arrow_config": (None,), "corda_config": (None,), "megatron_config": (None, {}),
+}  # fmt: skip
+"""Settings of peft's LoraConfig with the values that a job's plain adapters mean."""
+
+
+@dataclass
+class Reading:
+    """Fields of a job in its own or TrainingArguments' words, and what else there is."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    """What a job cannot say: the plan from the job alone would be of something else."""
+    notes: list[str] = field(default_factory=list)
+
+    def job(self, gpu: str | None = None) -> Job:
+        """
+        The job that the fields make.
+
+        Raises:
+            JobError: a value is not one that a job can have.
+        """
+        from memplan.job.load import load_job
+
+        return load_job(None, flags=self.fields | {"loop": "hf_trainer", "gpu": gpu}).job
+
+
+def read_arguments(reading: Reading, args: Any, *, device: str) -> None:
+    """TrainingArguments, or a subclass such as SFTConfig."""
+    optimizer = getattr(args.optim, "value", args.optim)
+    reading.fields |= {
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "optim": optimizer,
+        "weight_decay": args.weight_decay,
+        "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+    }
+    if args.max_grad_norm:
+        reading.fields["max_grad_norm"] = args.max_grad_norm
+    if optimizer in _KERNELS:
+        reading.fields["optimizer_kernel"] = _KERNELS[optimizer] if device == "cuda" else "loop"
+        if optimizer == "adamw_torch":
+            reading.fields["optim"] = "adamw"
+    if optimizer == "adafactor":
+        reading.unknown.append("transformers' own Adafactor")
+    _read_checkpointing(reading, args)
+    switches = {
+        "optim_args": "`optim_args`", "label_smoothing_factor": "`label_smoothing_factor`",
+        "neftune_noise_alpha": "`neftune_noise_alpha`", "torch_compile": "`torch_compile`",
+        "use_liger_kernel": "`use_liger_kernel`", "deepspeed": "DeepSpeed", "fsdp": "FSDP as accelerate sets it up",
+        "activation_offloading": "`activation_offloading`", "optim_target_modules": "`optim_target_modules`",
+    }  # fmt: skip
+    reading.unknown += [words for name, words in switches.items() if getattr(args, name, None)]
+    if getattr(args, "n_gpu", 1) > 1:
+        reading.unknown.append("nn.DataParallel")
+    if args.world_size > 1:
+        reading.fields["parallel.dp_replicate"] = args.world_size
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+        reading.notes.append("evaluation is not planned")
+    if getattr(args, "torch_empty_cache_steps", None):
+        reading.notes.append(
+            "`torch_empty_cache_steps` is left out: it gives cached memory back now and then"
+        )
+    if getattr(args, "auto_find_batch_size", False):
+        reading.notes.append("`auto_find_batch_size` may run with less than this batch")
+
+
+def _read_checkpointing(reading: Reading, args: Any) -> None:
+    on = getattr(args, "activation_checkpointing", None)
+    options = dict(getattr(args, "activation_checkpointing_kwargs", None) or {})
+    if on is None:
+        on = getattr(args, "gradient_checkpointing", False)
+        options = dict(getattr(args, "gradient_checkpointing_kwargs", None) or {})
+    if not on:
+        return
+    reading.fields["activation_checkpointing"] = "full"
+    plain = {"use_reentrant": False, "every_n_layers": 1, "offload": False, "selective": False}
+    reading.unknown += [
+        f"activation checkpointing with `{name}: {value}`"
+        for name, value in options.items()
+        if value not in (None, plain.get(name))
+    ]
+
+
+def read_environment(reading: Reading, environ: Mapping[str, str] = os.environ) -> AllocatorSettings:
+    """The allocator's settings that this process was started with; torch's defaults where it names none."""
+    from memplan.preflight.environment import installed_torch_version, parse_settings, variable_in_force
+
+    variable = variable_in_force(environ, installed_torch_version())
+    given = parse_settings(environ[variable]) if variable else {}
+    names = (
+        "expandable_segments",
+        "max_split_size_mb",
+        "garbage_collection_threshold",
+        "roundup_power2_divisions",
+    )
+    reading.fields["allocator.expandable_segments"] = False
+    for name, value in given.items():
+        if name in names and not value.startswith("["):
+            reading.fields[f"allocator.{name}"] = value
+        else:
+            reading.notes.append(f"the allocator's `{name}:{value}` is left out")
+    fields = {name: value for name, value in reading.fields.items() if name.startswith("allocator.")}
+    try:
+        return Reading({"model": "?"} | fields).job().allocator
+    except JobError:
+        reading.notes.append(f"the allocator's settings `{environ[variable or '']}` are left out")
+        for name in fields:
+            reading.fields[name] = None
+        reading.fields["allocator.expandable_segments"] = False
+        return AllocatorSettings(expandable_segments=False)
+
+
+def read_trainer(reading: Reading, trainer: Any) -> None:
+    """What the Trainer itself does otherwise than transformers' own."""
+    from transformers import Trainer
+
+    kind = type(trainer)
+    changed = [name for name in _OVERRIDDEN if getattr(kind, name, None) is not getattr(Trainer, name, None)]
+    if changed:
+        reading.unknown.append(f"`{kind.__name__}.{changed[0]}`")
+    if len(set((getattr(trainer.model, "hf_device_map", None) or {}).values())) > 1:
+        reading.unknown.append("a model spread over several devices")
+    if getattr(trainer, "is_fsdp_enabled", False):
+        reading.unknown.append("FSDP as accelerate sets it up")
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        reading.unknown.append("DeepSpeed")
+    if trainer.compute_loss_func is not None:
+        reading.unknown.append("`compute_loss_func`")
+    if trainer.optimizer_cls_and_kwargs is not None:
+        reading.unknown.append("an optimizer of one's own")
+    elif trainer.optimizer is not None:
+        expected = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)[0]
+        found = trainer.optimizer
+        while type(found).__name__ == "AcceleratedOptimizer":
+            found = found.optimizer
+        if type(found) is not expected:
+            reading.unknown.append(f"the optimizer {type(found).__name__}")
+
+
+def read_model(reading: Reading, model: Any, peft_config: Any = None) -> dict[str, Any]:
+    """
+    The model with what trains of it, and its `config.json` without what is read here.
+
+    Args:
+        model: a transformers model, with peft around it or not, or its config.
+        peft_config: the adapters that the model will get.
+    """
+    config = getattr(model, "config", model)
+    if not hasattr(config, "to_dict"):
+        reading.unknown.append(f"the model {type(model).__name__}, which has no config of transformers")
+        return {}
+    described = config.to_dict()
+    quantization = described.pop("quantization_config", None)
+    reading.fields["model"] = getattr(config, "_name_or_path", "") or described.get("model_type") or "model"
+    reading.fields["method"] = "full"
+    attention = getattr(config, "_attn_implementation", None)
+    if attention:
+        reading.fields["attention"] = attention
+    adapters = getattr(model, "peft_config", None) if peft_config is None else {"default": peft_config}
+    if adapters:
+        _read_adapters(reading, adapters, _adapted(model) if peft_config is None else None)
+    if quantization:
+        _read_quantization(reading, quantization, has_adapters=bool(adapters))
+    if model is not config:
+        _read_parameters(reading, model, has_adapters=bool(adapters) and peft_config is None)
+    elif getattr(config, "dtype", None) is not None:
+        reading.fields["dtype"] = str(config.dtype)
+    return described
+
+
+def _adapted(model: Any) -> list[str]:
+    """Last parts of the names of the layers that have an adapter; how many have one is seen from the parameters."""
+    return sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    )
+
+
+def _read_adapters(reading: Reading, adapters: Mapping[str, Any], adapted: list[str] | None) -> None:
+    """Adapters by their config, and by the layers that have got them."""
+    config = next(iter(adapters.values()))
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if len(adapters) > 1 or kind != "LORA":
+        reading.unknown.append(f"adapters of type {kind}" if kind != "LORA" else f"{len(adapters)} adapters")
+        return
+    odd = [name for name, plain in _PLAIN_LORA.items() if getattr(config, name, plain[0]) not in plain]
+    reading.unknown += [f"`{name}: {getattr(config, name)}` of the adapters" for name in odd]
+    targets = adapted or config.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        reading.unknown.append(f"`target_modules: {targets}`, a pattern")
+    reading.fields |= {
+        "method": "lora",
+        "lora.rank": config.r,
+        "lora.alpha": config.lora_alpha,
+        "lora.dropout": config.lora_dropout,
+    }
+    if targets is None:
+        reading.unknown.append("adapters on modules that peft chooses")
+    else:
+        reading.fields["lora.target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+
+
+def _read_quantization(reading: Reading, quantization: Any, *, has_adapters: bool) -> None:
+    given = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    if not given.get("load_in_4bit") or not has_adapters:
+        words = "4 bits" if given.get("load_in_4bit") else str(given.get("quant_method", "an unknown method"))
+        reading.unknown.append(f"a base stored in {words}" + ("" if has_adapters else " without adapters"))
+        return
+    reading.fields |= {
+        "method": "qlora",
+        "quantization.type": given.get("bnb_4bit_quant_type", "fp4"),
+        "quantization.double_quant": given.get("bnb_4bit_use_double_quant", False),
+    }
+    skipped = given.get("llm_int8_skip_modules")
+    if skipped:
+        reading.fields["quantization.skip"] = list(skipped)
+    storage = str(given.get("bnb_4bit_quant_storage") or "uint8")
+    if storage not in ("uint8", "torch.uint8"):
+        reading.unknown.append(f"`bnb_4bit_quant_storage: {storage}`")
+
+
+def _read_parameters(reading: Reading, model: Any, *, has_adapters: bool) -> None:
+    """dtypes, and whether all that trains is what the method trains."""
+    method = reading.fields["method"]
+    is_complete = has_adapters or method == "full"
+    base: set[str] = set()
+    added: set[str] = set()
+    odd = None
+    for name, parameter in model.named_parameters():
+        is_adapter = has_adapters and "lora_" in name
+        if parameter.dtype.is_floating_point:
+            (added if is_adapter else base).add(str(parameter.dtype).removeprefix("torch."))
+        if odd is None and parameter.requires_grad != (is_adapter or not has_adapters):
+            odd = f"a {'trained' if parameter.requires_grad else 'frozen'} `{name}`"
+    if odd is not None and is_complete:
+        reading.unknown.append(odd)
+    if method == "qlora" and base == {"float32"}:
+        compute = reading.fields.get("autocast") or "bfloat16"
+        reading.fields |= {"dtype": compute, "quantization.kbit_preparation": True}
+    elif len(base) == 1:
+        reading.fields["dtype"] = base.pop()
+    else:
+        reading.unknown.append("a model of several dtypes: " + ", ".join(sorted(base)))
+    if len(added) == 1:
+        reading.fields["lora.dtype"] = added.pop()
+    elif added:
+        reading.unknown.append("adapters of several dtypes")

@@ -1,0 +1,220 @@
+"""What is read off a Trainer's objects, and what a job has no words for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+from hf.tiny_trainers import LENGTH, arguments, config, lora, model, rows, trainer
+from memplan.errors import DataError, JobError, TraceError, UnknownModel
+from memplan.hf import MemplanCallback, preflight
+from memplan.hf.batch import largest_batch
+from memplan.hf.reading import Reading, read_arguments, read_environment, read_model
+from memplan.units import GiB
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_arguments_and_a_config_are_enough(tmp_path: Path) -> None:
+    """The plan of a run that is still to be built is that of its Trainer."""
+    settings = {"bf16": True, "gradient_checkpointing": True, "optim": "sgd", "weight_decay": 0.1}
+    before = preflight(arguments(tmp_path, **settings), config(dtype="float32"), max_seq_len=LENGTH)
+    built = preflight(trainer(tmp_path, **settings))
+    assert before.peak_bytes == built.peak_bytes
+    job = built.result.job
+    assert job is not None and (job.micro_batch_size, job.max_seq_len, job.method) == (2, LENGTH, "full")
+    assert (job.autocast, job.optimizer, job.optimizer_kernel) == ("bfloat16", "sgd", "loop")
+    assert job.activation_checkpointing == "full" and job.train.weight_decay == 0.1
+
+
+def test_adapters_that_are_still_to_come(tmp_path: Path) -> None:
+    adapters = lora(target_modules=["q_proj", "v_proj"], lora_alpha=4)
+    with torch.device("meta"):
+        bare = model()
+    before = preflight(arguments(tmp_path), bare, peft_config=adapters, max_seq_len=LENGTH)
+    built = preflight(trainer(tmp_path, model(adapters)))
+    assert before.peak_bytes == built.peak_bytes
+    assert built.result.job is not None and built.result.job.lora.target_modules == ("q_proj", "v_proj")
+
+
+def test_against_a_card(tmp_path: Path) -> None:
+    plan = preflight(arguments(tmp_path), config(dtype="float32"), max_seq_len=LENGTH, gpu="24GB")
+    assert plan.fits and plan.need_bytes > plan.peak_bytes
+    assert plan.lines()[0].startswith("memplan: fits: needs ")
+    assert "planned as on CUDA, not on cpu" in plan.lines()[1]
+
+
+def test_against_the_gpu_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free, what this process holds, and its context, which is part of the need."""
+    given = arguments(tmp_path)
+    monkeypatch.setattr(type(given), "device", torch.device("cuda", 0))
+    cuda = {
+        "is_available": True, "get_device_name": "NVIDIA H100 80GB HBM3",
+        "mem_get_info": (30 * GiB, 79 * GiB), "memory_reserved": 2 * GiB,
+    }  # fmt: skip
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    plan = preflight(given, config(dtype="float32"), max_seq_len=LENGTH)
+    capacity = plan.result.capacity
+    assert plan.fits and capacity is not None and plan.result.job is not None
+    assert capacity.usable_bytes == 32 * GiB + plan.result.peak.non_torch_bytes
+    assert capacity.used_by_others_bytes == 79 * GiB - capacity.usable_bytes
+    assert capacity.gpu in plan.lines()[0] and "H100" in str(plan.result.job.gpu)
+
+
+def test_flash_attention_is_traced_as_it_is_planned(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model(hidden_size=256))  # heads of 64
+    run.model.config._attn_implementation = "flash_attention_2"
+    shape, trace = (preflight(run, gpu="24GB", engine=engine) for engine in ("shape", "trace"))
+    assert shape.peak_bytes == pytest.approx(trace.peak_bytes, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optim": "adafactor"}, "Adafactor"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor`"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha`"),
+        ({"optim_args": "amsgrad=True"}, "`optim_args`"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "`use_reentrant: True`",
+        ),
+    ],
+)
+def test_arguments_that_a_job_has_no_words_for(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    reading = Reading()
+    read_arguments(reading, arguments(tmp_path, **settings), device="cuda")
+    assert words in " ".join(reading.unknown)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: model(lora(use_dora=True)), "`use_dora: True`"),
+        (lambda: model(lora(modules_to_save=["lm_head"])), "`modules_to_save"),
+        (lambda: model(lora(target_modules=r".*layers\.1\..*q_proj")), "other parameters"),
+        (lambda: model(lora(rank_pattern={"q_proj": 4})), "`rank_pattern"),
+        (lambda: nn.Linear(2, 2), "the model Linear"),
+    ],
+)
+def test_models_that_a_job_has_no_words_for(build: Any, words: str) -> None:
+    reading = Reading()
+    read_model(reading, build())
+    if "other parameters" in words:  # which is only seen beside the plan
+        assert reading.unknown == []
+        return
+    assert words in " ".join(reading.unknown)
+
+
+def test_a_model_that_is_not_what_its_config_says_is_traced(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model(lora(target_modules=r".*layers\.1\..*q_proj")))
+    plan = preflight(run)
+    assert plan.result.engine["name"] == "trace"
+    assert plan.reasons == ("a model that has other parameters than its config and adapters say",)
+    frozen = model()
+    frozen.model.embed_tokens.requires_grad_(False)
+    reading = Reading()
+    read_model(reading, frozen)
+    assert reading.unknown == ["a frozen `model.embed_tokens.weight`"]
+
+
+def test_what_arguments_alone_cannot_say_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="how long sequences are"):
+        preflight(arguments(tmp_path), config())
+    with pytest.raises(TraceError, match="`neftune_noise_alpha`"):
+        preflight(arguments(tmp_path, neftune_noise_alpha=5.0), config(), max_seq_len=8)
+    with pytest.raises(JobError, match="`engine`"):
+        preflight(arguments(tmp_path), config(), max_seq_len=8, engine="magic")
+
+
+def test_several_processes_are_planned_as_ddp_and_not_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, smoothed = arguments(tmp_path), arguments(tmp_path, label_smoothing_factor=0.1)
+    monkeypatch.setattr(type(plain), "world_size", 2)
+    plan = preflight(plain, config(dtype="float32"), max_seq_len=LENGTH, gpu="24GB")
+    assert plan.result.job is not None and plan.result.job.parallel.dp_replicate == 2
+    with pytest.raises(TraceError, match="`label_smoothing_factor`; and runs of several processes"):
+        preflight(smoothed, config(dtype="float32"), max_seq_len=LENGTH)
+
+
+def test_a_trainer_that_makes_its_own_batches_is_not_traced(tmp_path: Path) -> None:
+    class Generating(Trainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            raise AssertionError("not to be run")
+
+    with pytest.raises(TraceError, match="`Generating` makes its batches while it trains"):
+        preflight(trainer(tmp_path, kind=Generating))
+
+
+def test_an_architecture_without_a_program_is_traced(tmp_path: Path) -> None:
+    from transformers import OPTConfig
+
+    small = OPTConfig(
+        vocab_size=100, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, dtype="float32",
+        word_embed_proj_dim=32, architectures=["OPTForCausalLM"],
+    )  # fmt: skip
+    with pytest.raises(UnknownModel):
+        preflight(arguments(tmp_path), small, max_seq_len=16, engine="shape")
+    plan = preflight(arguments(tmp_path), small, max_seq_len=16)
+    assert plan.result.engine["name"] == "trace" and "no program" in plan.reasons[0]
+
+
+def test_the_longest_rows_make_the_batch(tmp_path: Path) -> None:
+    run = trainer(tmp_path, data=rows([5, 9, 64, 8, 64, 64]))
+    batch = largest_batch(run)
+    assert batch.shape == (2, 64) and batch.is_padded  # beside a shorter one
+    assert not largest_batch(trainer(tmp_path, data=rows([7, 7, 7]))).is_padded
+    assert largest_batch(run, max_seq_len=9).shape == (2, 9)
+    assert str(batch) == "micro batches of 2 x 64 tokens"
+    nameless = trainer(tmp_path, data=[[1, 2, 3]] * 4)
+    nameless.data_collator = lambda batch: torch.tensor(batch)
+    with pytest.raises(DataError, match="makes a Tensor"):
+        largest_batch(nameless)
+    nameless.data_collator = lambda batch: {"labels": torch.tensor(batch)}
+    assert largest_batch(nameless).notes == (
+        "rows have no `input_ids`: the first ones are taken for the longest",
+    )
+
+
+def test_of_large_data_some_rows_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memplan.hf.batch.MOST_ROWS", 5)
+    batch = largest_batch(trainer(tmp_path, data=rows([4, 5, 6, 7] * 4)))
+    assert batch.notes == ("the longest of 5 rows out of 16 is taken for the longest",)
+
+
+def test_a_mask_is_planned_where_rows_are_padded(tmp_path: Path) -> None:
+    run = trainer(tmp_path, data=rows([64] * 3 + [9]))
+    shape, trace = (preflight(run, gpu="24GB", engine=engine) for engine in ("shape", "trace"))
+    assert shape.peak_bytes == pytest.approx(trace.peak_bytes, rel=0.001)
+    full = preflight(trainer(tmp_path, data=rows([64] * 4)), gpu="24GB")
+    assert shape.peak_bytes != full.peak_bytes
+
+
+def test_a_padded_batch_on_the_cpu_is_what_is_measured(tmp_path: Path) -> None:
+    """Both engines: attention's mask in the dtype of the query, at every call, is part of the peak."""
+    callback = MemplanCallback(say=lambda _: None)
+    run = trainer(tmp_path, data=rows([120, 256]), callbacks=[callback])
+    shape, trace = (preflight(run, engine=engine).peak_bytes for engine in ("shape", "trace"))
+    run.train()
+    assert callback.measured is not None
+    measured = callback.measured.allocated_peak_bytes
+    assert [shape, trace] == pytest.approx([measured] * 2, rel=0.002)
+
+
+def test_the_allocator_is_that_of_the_environment() -> None:
+    def read(text: str) -> tuple[Any, list[str]]:
+        reading = Reading()
+        return read_environment(reading, {"PYTORCH_CUDA_ALLOC_CONF": text} if text else {}), reading.notes
+
+    assert not read("")[0].expandable_segments
+    settings, notes = read("expandable_segments:True,max_split_size_mb:128,pinned_num_register_threads:2")
+    assert settings.expandable_segments and settings.max_split_size_mb == 128
+    assert notes == ["the allocator's `pinned_num_register_threads:2` is left out"]
+    assert "are left out" in read("max_split_size_mb:many")[1][0]
