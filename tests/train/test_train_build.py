@@ -13,12 +13,15 @@ pytest.importorskip("peft")
 
 from tiny_runs import GPT2, LLAMA  # noqa: E402
 
-from memplan.errors import ModelError, RunError  # noqa: E402
+from memplan.errors import JobError, ModelError, RunError  # noqa: E402
 from memplan.job.spec import Job, Lora, Npt, Train  # noqa: E402
+from memplan.model import architecture_from_config  # noqa: E402
+from memplan.tape.writer import write_tape  # noqa: E402
 from memplan.train.build import Built, build_model  # noqa: E402
-from memplan.train.data import Batches, Samples  # noqa: E402
+from memplan.train.data import Batches  # noqa: E402
 from memplan.train.loop import Loop, seed_micro_batch  # noqa: E402
 from memplan.train.optimizer import build_optimizer, learning_rate  # noqa: E402
+from memplan.train.samples import START, Samples, SampleWriter  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -37,11 +40,11 @@ def _build(job: Job, config: dict[str, Any] = LLAMA) -> Built:
 
 def _samples(*lengths: int) -> Samples:
     generator = torch.Generator().manual_seed(3)
-    tokens, offsets = array("i"), array("q", [0])
+    writer = SampleWriter()
     for length in lengths:
-        tokens.extend(torch.randint(0, 250, (length,), generator=generator).tolist())
-        offsets.append(len(tokens))
-    return Samples(tokens, offsets, 0)
+        ids = torch.randint(0, 250, (length,), generator=generator).tolist()
+        writer.add(array("i", [ids[0] | START, *ids[1:]]))
+    return writer.finish()
 
 
 def _one_step(job: Job, config: dict[str, Any], samples: Samples) -> tuple[float, dict[str, torch.Tensor]]:
@@ -51,7 +54,9 @@ def _one_step(job: Job, config: dict[str, Any], samples: Samples) -> tuple[float
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     names = {name: parameter for name, parameter in built.model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in names.items()}
-    batches = Batches(samples, job.micro_batch_size, job.gradient_accumulation_steps, seed=0)
+    batches = Batches(
+        samples, job.micro_batch_size, job.gradient_accumulation_steps, seed=0, packing=job.packing
+    )
     loop = Loop(job, built, build_optimizer(job, built.trainable), batches, CPU)
     result = loop.step(1)
     return result.loss, {name: parameter.detach() - before[name] for name, parameter in names.items()}
@@ -71,6 +76,30 @@ def test_accumulation_equals_the_big_batch(method: str, loss: str) -> None:
     assert any(change.abs().max() > 1e-6 for change in expected.values())
     for name, change in expected.items():
         torch.testing.assert_close(actual[name], change, rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"method": "lora"}, "chunked"),
+        ({"method": "lora", "lora.target_modules": ("q_proj", "lm_head")}, "full"),
+        ({"method": "lora", "loss": "full"}, "full"),
+        ({"method": "lora", "loss": "full", "loop": "hf_trainer"}, "full"),
+        ({"method": "full"}, "full"),
+        ({"method": "full", "loss": "chunked"}, "chunked"),
+    ],
+)
+def test_the_loss_is_chunked_where_the_head_is_frozen_and_bare(fields: dict[str, Any], expected: str) -> None:
+    """`loss: auto` in the model that is built, and the same in the plan."""
+    job = _job().replace(**fields)
+
+    assert _build(job).loss_form == expected
+    architecture = architecture_from_config(LLAMA, name="tiny", source="tests")
+    auto, said = (write_tape(each, architecture).flatten() for each in (job, job.replace(loss=expected)))
+    assert auto.sizes == said.sizes
+    if "loss" not in fields and "lora.target_modules" not in fields:  # which the other form cannot do
+        other = {"chunked": "full", "full": "chunked"}[expected]
+        assert write_tape(job.replace(loss=other), architecture).flatten().sizes != said.sizes
 
 
 @pytest.mark.parametrize("config", [LLAMA, PLAIN_GPT2], ids=["llama", "gpt2"])
@@ -253,9 +282,7 @@ def test_chunks_need_a_plain_head() -> None:
 
 
 def test_unknown_names_are_explained() -> None:
-    """Adapters on layers that do not exist, and a model type that transformers does not know."""
-    with pytest.raises(RunError, match="adapters do not fit"):
-        _build(_job(**{"lora.target_modules": ("nope",)}))
+    """A model type that transformers does not know."""
     with pytest.raises(ModelError, match="no model type `nope`"):
         _build(_job(), {"model_type": "nope"})
 
@@ -271,3 +298,62 @@ def test_learning_rate_warms_up_and_falls() -> None:
         assert rates == sorted(rates, reverse=True)
         assert rates[-1] == pytest.approx(0.0, abs=1e-12)
         assert rates[4] == pytest.approx(1.0)
+
+
+def test_a_warmup_may_be_a_share_and_a_schedule_end_above_zero() -> None:
+    """A tenth of 25 steps is three, rounded up; linear and cosine end at the smallest learning rate."""
+    for schedule in ("linear", "cosine"):
+        train = Train(
+            learning_rate=2.0, min_learning_rate=0.5, warmup_ratio=0.1, max_steps=25, schedule=schedule
+        )
+        assert [learning_rate(train, step) for step in (1, 3, 4)] == [pytest.approx(2 / 3), 2.0, 2.0]
+        assert learning_rate(train, 15) == pytest.approx(1.25)
+        assert learning_rate(train, 26) == pytest.approx(0.5)
+
+
+def test_vectors_are_not_decayed() -> None:
+    """With weight decay and no gradient, matrices shrink by learning rate times decay and vectors stay."""
+    matrix, vector = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer(_job(train=Train(learning_rate=0.1, weight_decay=0.5)), [vector, matrix])
+    matrix.grad, vector.grad = torch.zeros(2, 3), torch.zeros(3)
+
+    optimizer.step()
+
+    torch.testing.assert_close(matrix.data, torch.full((2, 3), 0.95))
+    torch.testing.assert_close(vector.data, torch.ones(3))
+    (plain,) = build_optimizer(_job(), [vector, matrix]).param_groups
+    assert plain["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("config", [LLAMA, PLAIN_GPT2])
+def test_packed_documents_do_not_see_each_other(config: dict[str, Any], attention: str) -> None:
+    """Two documents in one row give the loss and the step of the same two in rows of their own."""
+    rows = _samples(7, 9)
+    packed, apart = SampleWriter(), SampleWriter()
+    packed.add(array("i", [*rows[0], *rows[1]]))
+    for index in range(2):
+        apart.add(array("i", rows[index]))
+    job = _job("full", attention=attention, optimizer="sgd")
+
+    expected, expected_changes = _one_step(job.replace(micro_batch_size=2), config, apart.finish())
+    loss, changes = _one_step(job.replace(packing=True), config, packed.finish())
+
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, change in expected_changes.items():
+        torch.testing.assert_close(changes[name], change, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "hint"),
+    [
+        ("q_pro", "`q_pro`, which no layer of the model is called", "did you mean `q_proj`?"),
+        ("model.layers.0.self_attn.q_proj", "a layer of one block", "use `q_proj`"),
+    ],
+)
+def test_adapters_on_nothing_are_refused_with_the_names_there_are(name: str, message: str, hint: str) -> None:
+    """What peft does not find is the job's fault, and the model's own names are the remedy."""
+    with pytest.raises(JobError, match=message) as refused:
+        _build(_job(**{"lora.target_modules": (name,)}))
+
+    assert hint in (refused.value.hint or "")

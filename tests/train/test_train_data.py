@@ -1,9 +1,10 @@
-"""Documents, samples and the order of batches."""
+"""Samples, their order and the tensors of micro batches."""
 
 from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,93 +12,35 @@ import pytest
 
 from memplan.errors import DataError
 from memplan.job.spec import Data, Job
-from memplan.train.data import Batches, Document, Samples, build_samples, count_truncated, read_documents
+from memplan.train.data import Batches
+from memplan.train.documents import Document
+from memplan.train.order import Permutation
+from memplan.train.samples import ID_BITS, MASKED, START, Samples, SampleWriter, build_samples
+from memplan.train.truncation import count_truncated
 
 
-def _read(path: Path, column: str = "text") -> list[Document]:
-    return list(read_documents(str(path), column=column, resolve=Path))
-
-
-def _encode(text: str) -> list[int]:
-    return [ord(letter) for letter in text]
+def _encode(document: Document) -> list[int]:
+    return [ord(letter) for letter in document.text]
 
 
 def _samples(*lengths: int) -> Samples:
     """Sample `i` holds the token `i` over and over."""
-    offsets = array("q", [0])
-    tokens = array("i")
+    writer = SampleWriter()
     for index, length in enumerate(lengths):
-        tokens.extend([index] * length)
-        offsets.append(len(tokens))
-    return Samples(tokens, offsets, 0)
+        writer.add(array("i", [index | START, *[index] * (length - 1)]))
+    return writer.finish()
 
 
-# -- reading
-
-
-def test_rows_texts_and_folders_are_read_in_order(tmp_path: Path) -> None:
-    """A folder is its files by name; rows and texts are told apart, empty ones are left out."""
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": " "}\n{"text": "two", "id": 3}\n')
-    (tmp_path / "a.md").write_text("# title\n")
-    (tmp_path / "c.txt").write_text("")
-    (tmp_path / "ignored.csv").write_text("x")
-
-    assert [Document("# title\n", False), Document("one", True), Document("two", True)] == _read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "a"', "line 2 is not JSON"),
-        ("[1]", "line 2 is a list"),
-        ('{"body": "a"}', "line 2 has no column `text`; it has `body`"),
-        ('{"text": 3}', "line 2: column `text` holds a int"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
-    """What is wrong with a row says where it is."""
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"text": "fine"}\n' + line + "\n")
-
-    with pytest.raises(DataError, match=message) as caught:
-        _read(path)
-    assert str(path) in str(caught.value)
-
-
-def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
-    """A missing path, an unknown kind, an empty folder and bytes that are no UTF-8 are refused."""
-    (tmp_path / "data.parquet").write_text("x")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "empty").mkdir()
-
-    for name, message in {
-        "nowhere.jsonl": "does not exist",
-        "data.parquet": "none of .jsonl",
-        "latin.txt": "not UTF-8",
-        "empty": "holds no",
-    }.items():
-        with pytest.raises(DataError, match=message):
-            _read(tmp_path / name)
-
-
-def test_our_own_documentation_can_be_read() -> None:
-    """`memplan-docs` needs no file of the user's."""
-    documents = list(read_documents("memplan-docs", column="text", resolve=Path))
-
-    assert documents
-    assert not any(document.is_row for document in documents)
-
-
-@pytest.mark.torch
-def test_a_folder_of_the_datasets_library_is_read(tmp_path: Path) -> None:
-    """Saved datasets are rows, of the split asked for where there are several."""
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
-    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "several")
-
-    assert [Document("one", True), Document("two", True)] == _read(tmp_path / "several")
-    with pytest.raises(DataError, match="no split `validation`; it has `train`"):
-        list(read_documents(str(tmp_path / "several"), column="text", resolve=Path, split="validation"))
+def _words(samples: Samples) -> list[str]:
+    """The samples as text, a bar before each start, masked letters in capitals."""
+    return [
+        "".join(
+            "|" * bool(token & START)
+            + (chr(token & ID_BITS).upper() if token & MASKED else chr(token & ID_BITS))
+            for token in samples[index]
+        )
+        for index in range(len(samples))
+    ]
 
 
 # -- samples
@@ -109,18 +52,57 @@ def test_rows_are_truncated_and_texts_are_cut() -> None:
 
     samples = build_samples(documents, _encode, max_seq_len=3, packing=False)
 
-    assert ["".join(map(chr, samples[index])) for index in range(len(samples))] == ["abc", "hi", "klm", "nop"]
+    assert _words(samples) == ["|abc", "|hi", "|klm", "|nop"]
+    assert list(samples.targets) == [2, 1, 2, 2]
     assert samples.num_truncated == 1
 
 
 def test_packing_fills_every_sample() -> None:
-    """Packed documents follow one another in full samples; what is left at the end is dropped."""
+    """
+    Packed documents follow one another in full samples, and one that does not fit goes on in the next; what is left at
+    the end is dropped. Nothing is learnt on the first token of a piece.
+    """
     documents = [Document("abcd", True), Document("ef", True), Document("ghi", False)]
 
     samples = build_samples(documents, _encode, max_seq_len=4, packing=True)
 
-    assert ["".join(map(chr, samples[index])) for index in range(len(samples))] == ["abcd", "efgh"]
+    assert _words(samples) == ["|abcd", "|ef|gh"]
+    assert list(samples.targets) == [3, 2]
     assert samples.num_truncated == 0
+
+
+def test_blocks_of_a_text_are_one_document() -> None:
+    """Samples run on across the blocks of a long text, packed or not."""
+    blocks = [Document("abcde", False, is_last=False), Document("fgh", False, is_first=False)]
+
+    assert _words(build_samples(blocks, _encode, max_seq_len=3, packing=False)) == ["|abc", "|def", "|gh"]
+    assert _words(build_samples(blocks, _encode, max_seq_len=8, packing=True)) == ["|abcdefgh"]
+
+
+def test_samples_with_nothing_to_learn_are_left_out() -> None:
+    """A row whose completion was cut off is counted and left out; only such rows are an error."""
+
+    def tokenize(document: Document) -> list[int]:
+        return [ord(letter.lower()) | MASKED * letter.isupper() for letter in document.text]
+
+    rows = [Document("ABcd", True), Document("WXYz", True)]
+    samples = build_samples(rows, tokenize, max_seq_len=3, packing=False)
+
+    assert _words(samples) == ["|ABc"]
+    assert (samples.num_truncated, samples.num_empty, list(samples.targets)) == (2, 1, [1])
+    with pytest.raises(DataError, match="nothing to learn"):
+        build_samples(rows[1:], tokenize, max_seq_len=3, packing=False)
+
+
+def test_the_digest_tells_data_apart() -> None:
+    """Equal tokens cut elsewhere, other tokens and other masks are other data; the same data is the same."""
+    digests = [
+        build_samples([Document(text, True) for text in texts], _encode, max_seq_len=9, packing=False).digest
+        for texts in (["ab", "cde"], ["abc", "de"], ["ab", "cdf"], ["ab", "cde"])
+    ]
+
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[3]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -134,11 +116,34 @@ def test_no_tokens_is_an_error(packing: bool) -> None:
 
 
 def test_the_longest_samples_come_first() -> None:
-    """The first micro batch holds the longest samples; every sample still comes once per pass."""
-    batches = Batches(_samples(3, 9, 4, 7, 5, 2), 2, 1, seed=1)
+    """
+    The two longest samples are the last of steps 1 and 2, however the global batch is divided; every sample still comes
+    once per pass, and the other passes are as they were.
+    """
+    samples = _samples(3, 9, 4, 7, 5, 2)
+    for seed in range(20):
+        batches = Batches(samples, 2, 1, seed=seed)
+        plain = Batches(samples, 2, 1, seed=seed, longest_first=False)
 
-    assert {1, 3} == set(batches.sample_indices(1))
-    assert set(range(6)) == {index for step in (1, 2, 3) for index in batches.sample_indices(step)}
+        assert (batches.sample_indices(1)[-1], batches.sample_indices(2)[-1]) == (1, 3)
+        assert [batches.sample_at(place) for place in range(12)] == [
+            Batches(samples, 1, 2, seed=seed).sample_at(place) for place in range(12)
+        ]
+        assert set(range(6)) == {index for step in (1, 2, 3) for index in batches.sample_indices(step)}
+        assert batches.sample_indices(4) == plain.sample_indices(4)
+
+
+def test_the_order_is_a_shuffle() -> None:
+    """Every size has all its items once, the inverse is the inverse, and no place prefers an item."""
+    for size in (1, 2, 3, 7, 64, 65, 1000):
+        order = Permutation(size, "key")
+        items = [order[position] for position in range(size)]
+        assert sorted(items) == list(range(size))
+        assert [order.position(item) for item in items] == list(range(size))
+    counts = Counter((place, Permutation(5, f"{key}")[place]) for key in range(4000) for place in range(5))
+    assert len(counts) == 25
+    # 800 each; five standard deviations of a binomial with 4000 draws of 1/5 are 126.
+    assert all(674 < count < 926 for count in counts.values())
 
 
 def test_order_is_a_function_of_seed_and_step() -> None:
@@ -162,12 +167,36 @@ def test_a_step_may_cross_into_the_next_pass() -> None:
 
 @pytest.mark.torch
 def test_micro_batches_are_padded_on_the_right() -> None:
-    """Ids and labels have the width of the longest sequence; labels are -100 on padding only."""
+    """Ids and labels have the width of the longest sequence; labels are -100 on padding and on the first token."""
     torch = pytest.importorskip("torch")
-    batch = Batches(_samples(4, 2), 2, 1, seed=0).micro_batch(1, 0)
+    batch = Batches(_samples(4, 2), 2, 1, seed=0, longest_first=False)._collate([0, 1])
 
     assert torch.equal(batch.input_ids, torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0]]))
-    assert torch.equal(batch.labels, torch.tensor([[0, 0, 0, 0], [1, 1, -100, -100]]))
+    assert torch.equal(batch.labels, torch.tensor([[-100, 0, 0, 0], [-100, 1, -100, -100]]))
+    assert batch.token_mask is not None
+    assert torch.equal(batch.token_mask.sum(1), torch.tensor([4, 2]))
+
+
+@pytest.mark.torch
+def test_masks_become_labels_and_packing_positions() -> None:
+    """No label where nothing is learnt, on starts neither; positions restart at 0 with packing, and only there."""
+    torch = pytest.importorskip("torch")
+    writer = SampleWriter()
+    writer.add(array("i", [7 | START, 8, 9 | MASKED, 5 | START, 6]))
+    samples = writer.finish()
+
+    batch = Batches(samples, 1, 1, seed=0, packing=True).micro_batch(1, 0)
+
+    assert torch.equal(batch.input_ids, torch.tensor([[7, 8, 9, 5, 6]]))
+    assert torch.equal(batch.labels, torch.tensor([[-100, 8, -100, -100, 6]]))
+    assert batch.position_ids is not None
+    assert torch.equal(batch.position_ids, torch.tensor([[0, 1, 2, 0, 1]]))
+    assert Batches(samples, 1, 1, seed=0).micro_batch(1, 0).position_ids is None
+    assert Batches(samples, 1, 1, seed=0).num_targets(1) == 2
+    flat = Batches(samples, 2, 1, seed=0, packing=True, flatten=True).micro_batch(1, 0)
+    assert flat.position_ids is not None
+    assert torch.equal(flat.position_ids, torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 0, 1]]))
+    assert flat.input_ids.shape == flat.labels.shape == (1, 10)
 
 
 # -- counting what a shorter sequence cuts

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
+import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,21 +23,12 @@ import memplan
 from memplan.errors import DataError, RunError
 from memplan.job.load import LoadedJob
 from memplan.job.spec import Job
-from memplan.train.launch import (
-    JOB_FILE,
-    _lock,
-    check_device,
-    check_folder,
-    check_trainable,
-    different_fields,
-    read_job,
-    self_contained,
-    write_job,
-)
-from memplan.train.launch import (
-    _environment as _environment_of_child,
-)
+from memplan.train.launch import _environment as _environment_of_child
+from memplan.train.launch import _explain_death, _lock, self_contained
+from memplan.train.output_folder import JOB_FILE, check_folder, different_fields, read_job, write_job
+from memplan.train.processes import GRACE_SECONDS, Ending, Workers
 from memplan.train.record import Record
+from memplan.train.refusals import check_device, check_trainable
 
 SOURCE = str(Path(memplan.__file__).parent.parent)
 
@@ -45,13 +40,28 @@ def _loaded(job: Job, base_dir: Path) -> LoadedJob:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "qlora"}, "qlora"),
-        ({"parallel.dp_shard": 2, "parallel.strategy": "FULL_SHARD"}, "2 GPUs"),
-        ({"offload.params": True}, "offload"),
-        ({"activation_offload": True}, "activation_offload"),
-        ({"autocast": "float16"}, "loss scaling"),
-        ({"method": "full", "dtype": "float16"}, "loss scaling"),
-        ({"lora.dtype": "float16"}, "loss scaling"),
+        ({"parallel.dp_shard": 2, "parallel.strategy": "ZERO_2"}, "ZERO_2"),
+        ({"parallel.tp": 2}, "`parallel.tp`"),
+        ({"offload.optimizer": True}, "offload"),
+        (
+            {"parallel.dp_shard": 2, "parallel.strategy": "FULL_SHARD", "optimizer": "adafactor"},
+            "cannot step sharded weights",
+        ),
+        (
+            {
+                "method": "qlora",
+                "quantization.kbit_preparation": True,
+                "parallel.dp_shard": 2,
+                "parallel.strategy": "FULL_SHARD",
+            },
+            "kbit_preparation",
+        ),
+        ({"method": "full", "dtype": "float16"}, "cannot be float16"),
+        ({"method": "npt", "autocast": "float16"}, "loss scaling"),
+        (
+            {"autocast": "float16", "parallel.dp_shard": 2, "parallel.strategy": "FULL_SHARD"},
+            "sharded gradients",
+        ),
         ({"loss": "fused"}, "liger-kernel"),
         ({"attention": "flash_attention_2"}, "flash-attn"),
     ],
@@ -66,7 +76,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, changes: dict[str, An
 
 
 def test_missing_packages_are_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without torch there is the command that installs it; peft is needed for adapters only."""
+    """Without torch there is the command that installs it; peft is needed for adapters, bitsandbytes for 4 bits."""
     module = sys.modules[check_trainable.__module__]
     monkeypatch.setattr(module, "find_spec", lambda name: None if name in ("torch", "peft") else object())
     with pytest.raises(RunError, match="`torch`, `peft`") as caught:
@@ -74,6 +84,9 @@ def test_missing_packages_are_named_with_the_command(tmp_path: Path, monkeypatch
     assert caught.value.hint == 'pip install "memplan[train]"'
     with pytest.raises(RunError, match="needs `torch`, not"):
         check_trainable(_loaded(tiny_job(tmp_path, "full"), tmp_path))
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "bitsandbytes" else object())
+    with pytest.raises(RunError, match="needs `bitsandbytes`"):
+        check_trainable(_loaded(tiny_job(tmp_path, "qlora"), tmp_path))
 
 
 def test_missing_data_is_refused(tmp_path: Path) -> None:
@@ -171,14 +184,8 @@ def test_importing_the_trainer_imports_no_torch() -> None:
 # -- real processes
 
 
-def _launcher(path: Path, *flags: str) -> list[str]:
-    arguments = ", ".join(flags)
-    return [
-        sys.executable,
-        "-c",
-        "import sys\nfrom memplan.job.load import load_job\nfrom memplan.train import launch\n"
-        f"sys.exit(launch(load_job({str(path)!r}), {arguments}))",
-    ]
+def _command(path: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "memplan", "train", str(path), *flags]
 
 
 def _environment() -> dict[str, str]:
@@ -191,11 +198,21 @@ def _wait_for_steps(folder: Path, process: subprocess.Popen[str], count: int) ->
         time.sleep(0.02)
 
 
+def _printed_command(text: str) -> list[str]:
+    """The command that a run ends with, for this interpreter."""
+    found = re.search(r"`memplan (train .* --resume)`", text)
+    assert found is not None, text
+    return [sys.executable, "-m", "memplan", *shlex.split(found[1])]
+
+
 @pytest.mark.torch
-def test_sigterm_saves_and_resuming_is_exact(tmp_path: Path) -> None:
+def test_a_run_survives_an_interruption_and_a_full_disk(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """
-    SIGTERM to the launcher finishes the step, saves, says how to go on, and exits with 143. Resumed, the
-    losses are those of a run that nothing disturbed.
+    Ctrl-C finishes the step, saves, prints a command and exits with 130. Continued where no file may pass 64 KiB,
+    the run says why it cannot save and what is left, and ends with 2. The command, run as printed, then gives the
+    losses of a run that nothing disturbed.
     """
     torch = pytest.importorskip("torch")
     pytest.importorskip("peft")
@@ -204,22 +221,32 @@ def test_sigterm_saves_and_resuming_is_exact(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, config=GPT2, train__max_steps=4000, lora__dropout=0.1)
     path, folder = tmp_path / "job.yaml", tmp_path / "run"
     write_job(path, job)
-    with subprocess.Popen(_launcher(path), env=_environment(), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(_command(path), env=_environment(), stderr=subprocess.PIPE, text=True) as process:
         _wait_for_steps(folder, process, 5)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         _, text = process.communicate(timeout=60)
-    assert process.returncode == 143, text
+    assert process.returncode == 130, text
     done = max(losses(folder))
-    assert f"interrupted by SIGTERM after step {done}" in text
-    assert f"memplan train {folder / JOB_FILE} --resume" in text
-    assert (folder / "checkpoints" / f"step-{done}").is_dir()
+    assert f"interrupted by SIGINT after step {done}" in text
     record = Record.read(folder)
     assert record is not None
     assert record.fields["outcome"] == "interrupted"
 
+    longer = job.replace(**{"train.max_steps": done + 2, "train.save_every": 1})
     torch.set_num_threads(1)
-    longer = job.replace(**{"train.max_steps": done + 2})
-    assert run_job(prepared(longer), resume=True) == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, before[1]))
+    try:
+        assert run_job(prepared(longer), resume=True) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    failed = capfd.readouterr().err
+    assert f"step-{done + 1}` could not be saved: File too large" in failed
+    assert f"the last checkpoint is that of step {done}" in failed
+    assert [step.name for step in (folder / "checkpoints").iterdir()] == [f"step-{done}"]
+    assert _printed_command(failed) == _printed_command(text)
+
+    assert subprocess.run(_printed_command(text), env=_environment()).returncode == 0
     whole = prepared(longer.replace(**{"train.output_dir": str(tmp_path / "whole")}))
     assert run_job(whole) == 0
     assert losses(whole) == losses(folder)
@@ -251,21 +278,27 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.torch
-def test_a_killed_child_is_explained(tmp_path: Path) -> None:
-    """When the system kills the trainer, the launcher says so and the record does not stay `running`."""
-    pytest.importorskip("torch")
-    job = tiny_job(tmp_path, "full", train__max_steps=4000)
-    path, folder = tmp_path / "job.yaml", tmp_path / "run"
-    write_job(path, job)
-    with subprocess.Popen(_launcher(path), env=_environment(), stderr=subprocess.PIPE, text=True) as process:
-        _wait_for_steps(folder, process, 1)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
-        _, text = process.communicate(timeout=60)
+def test_a_killed_child_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The launcher says what killed the trainer, and how to continue; the record does not stay `running`."""
+    job = tiny_job(tmp_path, "full")
+    folder = Path(job.train.output_dir)
+    (folder / "checkpoints" / "step-2").mkdir(parents=True)
+    Record.start(folder, dataclasses.asdict(job))
 
-    assert process.returncode == 137
-    assert "killed by SIGKILL" in text
+    _explain_death(Ending(137, (0, signal.SIGKILL)), folder, job, None)
+
+    text = capsys.readouterr().err
+    assert "error: the training process was killed by SIGKILL; the system does that" in text
+    assert "--resume" in text
     record = Record.read(folder)
     assert record is not None
     assert record.fields["outcome"] == "failed"
+
+
+def test_a_process_that_waits_for_a_dead_one_is_ended() -> None:
+    """One fails, the other notices nothing: it is not waited for beyond the grace, and the cause is the exit code."""
+    program = "import os, time; time.sleep(600) if os.environ['RANK'] == '0' else os._exit(3)"
+    ending = Workers([sys.executable, "-c", program], os.environ, count=2, grace_seconds=0.1).wait()
+
+    assert (ending.code, ending.killed) == (3, None)
+    assert GRACE_SECONDS <= 10

@@ -58,14 +58,32 @@ def test_full_loss_is_that_of_transformers() -> None:
     torch.testing.assert_close(full_cross_entropy(logits, labels, 11), expected, rtol=0, atol=0)
 
 
-def test_chunked_loss_passes_gradcheck() -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_chunked_loss_passes_gradcheck(softcap: float | None) -> None:
     """The gradients written by hand are the derivatives of the value, in float64."""
     hidden, head, labels = _inputs(torch.float64, trains=True)
     flat = hidden.detach().flatten(0, 1).requires_grad_()
 
     assert torch.autograd.gradcheck(
-        lambda h, w: ChunkedLinearCrossEntropy.apply(h, w, labels.flatten(), 11, 4), (flat, head.weight)
+        lambda h, w: ChunkedLinearCrossEntropy.apply(h, w, labels.flatten(), 11, 4, softcap),
+        (flat, head.weight),
     )
+
+
+def test_chunked_loss_caps_logits_as_gemma_does() -> None:
+    """`cap * tanh(logits / cap)` before the cross-entropy, in value and gradients."""
+    cap = 3.0
+    gradients = []
+    for chunked in (True, False):
+        hidden, head, labels = _inputs(torch.float32, trains=True)
+        if chunked:
+            loss = chunked_cross_entropy(hidden, head, labels, 11, 4, softcap=cap)
+        else:
+            loss = full_cross_entropy(cap * torch.tanh(head(hidden) / cap), labels, 11)
+        loss.backward()
+        gradients.append((loss.detach(), hidden.grad, head.weight.grad))
+
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_chunked_loss_adds_to_a_tied_embedding() -> None:

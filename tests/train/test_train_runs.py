@@ -111,7 +111,7 @@ def test_record_and_metrics_keep_their_contract(tmp_path: Path) -> None:
     record = _record(folder)
     assert {
         "schema_version", "job", "plan", "measured", "versions", "device", "data", "outcome", "error",
-        "steps", "loss", "resumed_from", "started_at", "finished_at",
+        "steps", "loss", "resumed_from", "replan", "started_at", "finished_at",
     } == set(record)  # fmt: skip
     assert (record["outcome"], record["error"], record["schema_version"]) == ("completed", None, 1)
     assert record["job"]["method"] == "lora"
@@ -124,7 +124,8 @@ def test_record_and_metrics_keep_their_contract(tmp_path: Path) -> None:
     lines = read_metrics_lines(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
-        assert {"step", "loss", "learning_rate", "tokens", "tokens_per_s", "memory"} == set(line)
+        assert {"step", "loss", "learning_rate", "samples", "tokens", "tokens_per_s", "memory"} == set(line)
+        assert line["samples"] == line["step"] * 4
         assert line["memory"] > 0
     assert [json.loads(text)["step"] for text in (folder / "metrics.jsonl").open()] == [1, 2, 3, 4]
 
@@ -308,17 +309,19 @@ def test_a_full_disk_stops_the_run(
     """The checkpoint before is intact, and the message says how to continue from it."""
     import errno
 
+    from torch.distributed.checkpoint import FileSystemWriter
+
     folder = prepared(tiny_job(tmp_path, train__save_every=2))
-    save = torch.save
+    write = FileSystemWriter.write_data
     saved: list[object] = []
 
-    def full_disk(*args: Any, **kwargs: Any) -> None:
+    def full_disk(writer: Any, *args: Any, **kwargs: Any) -> Any:
         saved.append(args)
         if len(saved) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(*args, **kwargs)
+        return write(writer, *args, **kwargs)
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(FileSystemWriter, "write_data", full_disk)
 
     assert run_job(folder) == 2
     text = capfd.readouterr().err
@@ -342,9 +345,18 @@ def test_changed_data_cannot_be_continued_on(tmp_path: Path) -> None:
     assert "the data or the tokenizer has changed" in _record(folder)["error"]
 
 
-def test_a_finished_run_is_not_run_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Resuming a complete run says that it is complete and touches nothing; a longer one goes on."""
-    job = tiny_job(tmp_path, train__max_steps=2)
+@pytest.mark.parametrize(
+    ("length", "longer"),
+    [({"train.max_steps": 2}, {"train.max_steps": 3}), ({"train.epochs": 1.0}, {"train.epochs": 1.3})],
+)
+def test_a_finished_run_is_not_run_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], length: dict[str, Any], longer: dict[str, Any]
+) -> None:
+    """
+    Resuming a complete run says that it is complete and touches nothing; a longer one goes on. An epoch of 8 samples is
+    two steps of 4, and a part of a step is a step.
+    """
+    job = tiny_job(tmp_path).replace(**{"train.max_steps": 100} | length)
     folder = prepared(job)
     assert run_job(folder) == 0
     capfd.readouterr()
@@ -353,7 +365,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, capfd: pytest.CaptureFi
     assert launch(LoadedJob(job, {}, None, tmp_path, ()), resume=True) == 0
     assert "this run is complete: 2 steps are done" in capfd.readouterr().err
     assert record == (folder / "record.json").read_bytes()
-    prepared(job.replace(**{"train.max_steps": 3}))
+    prepared(job.replace(**longer))
     assert run_job(folder, resume=True) == 0
     assert list(losses(folder)) == [1, 2, 3]
 

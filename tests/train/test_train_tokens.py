@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from memplan.errors import DataError
+from memplan.train.documents import Document
+from memplan.train.samples import MASKED
 from memplan.train.tokens import ByteTokenizer, byte_tokenizer, load_tokenizer, model_folder
 
 
@@ -61,4 +63,7 @@ def test_the_tokenizer_of_the_folder_is_used(tmp_path: Path) -> None:
 
     loaded = load_tokenizer("here", tmp_path, weights="random", vocab_size=4)
 
-    assert loaded.encode("a b c") == [2, 3, 1, 0]
+    assert loaded.tokenize(Document("a b c", is_row=True)) == [2, 3, 1, 0]
+    masked = loaded.tokenize(Document("a b c", is_row=True, trained=((2, 5),)))
+    assert masked == [2 | MASKED, 3, 1, 0]
+    assert loaded.tokenize(Document("a b", is_row=False, is_last=False)) == [2, 3]

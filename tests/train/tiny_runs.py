@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.job.spec import Job, Lora, Npt
-from memplan.train.launch import JOB_FILE, write_job
+from memplan.train.output_folder import JOB_FILE, write_job
 from memplan.train.record import read_metrics_lines
 
 LLAMA = {
@@ -78,3 +78,19 @@ def prepared(job: Job) -> Path:
 def losses(folder: Path) -> dict[int, float]:
     """Loss by step, exactly as computed."""
     return {line["step"]: line["loss"] for line in read_metrics_lines(folder)}
+
+
+def tokenizer_folder(root: Path, chat_template: str | None = None) -> Path:
+    """The tiny model's folder with a tokenizer of one token per character below 256, and `<eos>`."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {chr(code): code for code in range(256)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet | {"<eos>": 256}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = chat_template
+    folder = model_folder(root)
+    fast.save_pretrained(folder)
+    return folder

@@ -1,7 +1,7 @@
 """
 The trainer behind `memplan train`. Importing this package imports no torch; the child process does.
 
-* `launch.py`      checks, output folder, child process
+* `launch.py`      child processes, after the checks of `refusals.py` and `output_folder.py`
 * `worker.py`      the child: how a run ends, in words, exit code and record
 * `run.py`         one run, from the plan to the final weights
 * `build.py`       the model: weights, adapters, NPT blocks, activation checkpointing

@@ -14,7 +14,8 @@ from memplan.budget.result import Capacity, Change, Result
 from memplan.errors import MemplanError
 from memplan.job.spec import Job
 from memplan.model import Architecture
-from memplan.train.launch import check_device, different_fields, refuse_untrainable
+from memplan.train.output_folder import different_fields
+from memplan.train.refusals import check_device, refuse_untrainable
 from memplan.train.report import resume_command
 
 

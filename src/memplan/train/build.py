@@ -5,25 +5,32 @@ From a job to the model that trains: weights, adapters or NPT blocks, attention,
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from memplan.errors import ModelError, RunError
+from memplan.errors import ModelError, RunError, UnknownModel
 from memplan.job.spec import Job
+from memplan.model.config import is_masked_lm
+from memplan.train.adapters import add_adapters, draw_adapters, fill_token_rows, without_bitsandbytes
+from memplan.train.offload import Mover, make_mover, offload_inputs
+from memplan.train.report import say
+from memplan.train.seeds import derive_seed as derive_seed
+from memplan.train.skeleton import Skeleton
+from memplan.train.stream import find_files, load_streamed
 from memplan.train.tokens import first_line
 
 NPT_FILE = "npt.safetensors"
 
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_soft_cap")
-"""Config fields of models whose logits are not simply `lm_head(hidden)`."""
+_LOGIT_TRANSFORMS = ("logits_scaling", "logit_scale", "logits_soft_cap")
+"""Config fields of models whose logits are neither `lm_head(hidden)` nor Gemma's softcapping of that."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,24 @@ class Built:
     head: nn.Module
     """Hidden states to logits (batch, seq, vocab)."""
     method: str
+    logit_softcap: float | None = None
+    """c of `c * tanh(logits / c)`, which the model's own `forward` makes of the logits; None for none."""
+    loss_form: str = "full"
+    """`full`, `chunked` or `fused`."""
+    shifts: bool = True
+    """Labels are of the next token; else, for masked tokens, of the token itself."""
+
+    @classmethod
+    def of(cls, job: Job, model: Any, trained: nn.Module, decoder: nn.Module) -> Built:
+        """
+        Of transformers' `model`, once it has its adapters: the head may have got one. `trained` is what holds both.
+        The loss is that of our own loop, which may train a job that is planned for another.
+        """
+        masked = type(model).__name__.endswith("ForMaskedLM")
+        head = _masked_lm_head(job, model) if masked else model.get_output_embeddings()
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        form = job.replace(loop="memplan").loss_form(plain_head=is_plain(head))
+        return cls(trained, decoder, head, job.method, softcap, form, shifts=not masked)
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -56,7 +81,7 @@ class Built:
     def save_weights(self, folder: Path) -> None:
         """What was trained, in the format that peft or transformers loads; NPT layers as safetensors."""
         model: Any = self.model
-        if self.method == "lora":
+        if self.method in ("lora", "qlora"):
             model.save_pretrained(folder, save_embedding_layers=False)
         elif self.method == "npt":
             from memplan.npt import save_npt
@@ -76,7 +101,7 @@ class Built:
             from memplan.npt import load_npt
 
             load_npt(self.model, folder / NPT_FILE)
-        elif self.method == "lora":
+        elif self.method in ("lora", "qlora"):
             from peft import set_peft_model_state_dict
             from safetensors.torch import load_file
 
@@ -95,6 +120,8 @@ def build_model(
     device: torch.device,
     *,
     weights_path: str | None,
+    shard: Callable[[Built], None] | None = None,
+    token_ids: Sequence[int] | None = None,
 ) -> Built:
     """
     The job's model on `device`, in training mode, with gradients on what trains.
@@ -104,33 +131,97 @@ def build_model(
         config: the model's `config.json`.
         device: where the weights go; random ones are drawn there.
         weights_path: local folder or hub id of pretrained weights; None draws random ones.
+        shard: applies FSDP's `fully_shard` to a model whose tensors have no memory yet; each rank then fills its part.
+        token_ids: ids of the job's special tokens; None: the last ones. The config counts their rows already.
 
     Raises:
         ModelError: the weights cannot be loaded.
         RunError: a combination that this trainer cannot run.
     """
     with _quiet():
-        return _build(job, config, device, weights_path)
+        return _build(job, config, device, weights_path, shard, token_ids)
 
 
-def _build(job: Job, config: dict[str, Any], device: torch.device, weights_path: str | None) -> Built:
-    if weights_path is None:
-        model = _random(job, config, device)
-    else:
-        model = _pretrained(job, weights_path, device)
-    model.config.use_cache = False
+def _build(
+    job: Job,
+    config: dict[str, Any],
+    device: torch.device,
+    weights_path: str | None,
+    shard: Callable[[Built], None] | None,
+    token_ids: Sequence[int] | None,
+) -> Built:
+    model = _meta_model(job, config)
+    if job.has_4bit_base:
+        from memplan.train.quantize import replace_linears
+
+        replace_linears(model, job)
+    if job.trained_tokens and token_ids is None:
+        rows = model.get_input_embeddings().weight.shape[0]
+        token_ids = range(rows - job.trained_tokens, rows)
+    skeleton = Skeleton(
+        model,
+        device,
+        grows=bool(job.data.special_tokens),
+        watch=token_ids if job.trained_tokens and token_ids is not None else (),
+    )
     decoder = getattr(model, model.base_model_prefix)
-    trained = _prepare(job, model)
-    # After `_prepare`: the head may have got an adapter.
-    built = Built(trained, decoder, model.get_output_embeddings(), job.method)
+    trained = _prepare(job, model, make_mover(device), token_ids) if job.method != "npt" else model
+    built = Built.of(job, model, trained, decoder)
     if job.method != "npt":
-        _check_head(job, model.config, built.head)
+        _check_head(built, model.config)
+    if shard is not None:
+        shard(built)
+        if job.method == "qlora":
+            from memplan.train.quantize import probe_layers
+
+            probe_layers(trained)
+        trained.to_empty(device=torch.device("cpu") if job.offload.params else device)
+    if weights_path is None:
+        skeleton.draw(job.train.seed)
+    else:
+        _load(job, skeleton, weights_path)
+    skeleton.finish()
+    if job.method == "npt":
+        _prepare(job, model)
+    elif job.method != "full":
+        _finish_adapted(job, trained, skeleton, device)
     if not built.trainable:
         raise RunError("nothing in the model trains", hint="check `lora.target_modules` or `npt.layers`")
     return built
 
 
-def _check_head(job: Job, config: Any, head: nn.Module) -> None:
+def is_plain(head: nn.Module) -> bool:
+    """Whether a head is one linear layer without bias or adapter, not in 4 bits; ask before it is sharded."""
+    return type(head) is nn.Linear and head.bias is None
+
+
+def _masked_lm_head(job: Job, model: Any) -> nn.Module:
+    """
+    The module that makes logits of an encoder's hidden states: `cls` of BERT, `lm_head` of RoBERTa.
+
+    Raises:
+        UnknownModel: our own loop would call it, and its parts are not in one module, as with DistilBERT.
+    """
+    projection = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is projection)
+    outermost, _, rest = name.partition(".")
+    if not rest and job.loop == "memplan":
+        raise UnknownModel(
+            f"`loop: memplan` calls a model's head, and that of {type(model).__name__} is no module of its own",
+            hint="use `--set loop=script` or `--set loop=hf_trainer`, which call the whole model",
+        )
+    head: nn.Module = getattr(model, outermost)
+    return head
+
+
+def auto_class(config: dict[str, Any]) -> Any:
+    """What of transformers builds the model of a `config.json` with its language-model head."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if is_masked_lm(config) else AutoModelForCausalLM
+
+
+def _check_head(built: Built, config: Any) -> None:
     """The loss is taken on `head(hidden)`, in chunks on its weight: refuse models where that is not all."""
     transform = next(
         (name for name in _LOGIT_TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)), None
@@ -140,15 +231,22 @@ def _check_head(job: Job, config: Any, head: nn.Module) -> None:
             f"the model's config sets `{transform}`, and the loss here takes logits as the head gives them",
             hint="train it with another tool, or with `method: npt`, which needs no logits",
         )
-    if job.loss != "full" and (not isinstance(head, nn.Linear) or head.bias is not None):
+    head: Any = built.head
+    if hasattr(head, "token_adapter"):  # what asks for its weight gets it with the rows that train
+        head = head.token_adapter.get_base_layer()
+    if built.loss_form != "full" and not is_plain(head):
         raise RunError(
-            f"`loss: {job.loss}` needs an output head that is one linear layer without bias or adapter",
-            hint="use `--set loss=full`, or leave the head out of `lora.target_modules`",
+            f"`loss: {built.loss_form}` needs an output head that is one linear layer without bias or adapter, "
+            "not in 4 bits",
+            hint="use `--set loss=full`, or keep `lm_head` out of `lora.target_modules` and in `quantization.skip`",
         )
 
 
-def _random(job: Job, config: dict[str, Any], device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
+def _meta_model(job: Job, config: dict[str, Any]) -> Any:
+    """
+    The model as transformers builds it, without memory. Built on the device at once, it would have a second embedding
+    for a moment, before its head is tied.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
@@ -158,10 +256,10 @@ def _random(job: Job, config: dict[str, Any], device: torch.device) -> Any:
             hint="pip install --upgrade transformers",
         )
     resolved = CONFIG_MAPPING[model_type].from_dict(config)
-    torch.manual_seed(derive_seed(job.train.seed, "weights"))
+    resolved._name_or_path = job.model  # what peft writes into adapter_config.json
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 resolved, dtype=getattr(torch, job.dtype), attn_implementation=job.attention
             )
     except (ValueError, ImportError) as error:
@@ -169,47 +267,41 @@ def _random(job: Job, config: dict[str, Any], device: torch.device) -> Any:
             f"transformers cannot build `{job.model}`: {first_line(error)}",
             hint="another attention may help: `--set attention=eager`",
         ) from error
-    _materialise(model, device)
-    model.init_weights()
+    model.config.use_cache = False
     return model
 
 
-def _materialise(model: nn.Module, device: torch.device) -> None:
+def _load(job: Job, skeleton: Skeleton, source: str) -> None:
     """
-    Give every meta tensor memory on `device`, tied ones once.
-
-    Built on the device at once, a tied head would be made before it is tied: a second embedding for a moment.
+    Fill the model from `source`, a folder or hub id: streamed, or from a copy of the model in RAM if the job says
+    so or the weights are in files that cannot be streamed.
     """
-    placed: dict[Tensor, Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if tensor not in placed:
-                    empty = torch.empty_like(tensor, device=device)
-                    placed[tensor] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-                tensors[name] = placed[tensor]
-
-
-def _pretrained(job: Job, path: str, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "attn_implementation": job.attention}
-    if device.type == "cuda" and job.load.ram_efficient:
-        options["device_map"] = {"": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
-        return model if "device_map" in options else model.to(device)
+        files = find_files(source) if job.load.ram_efficient else []
+        if files:
+            load_streamed(skeleton.model, skeleton.slots, files, skeleton.place)
+            return
+        if job.load.ram_efficient:
+            say(f"note: `{source}` has no safetensors files, so the whole model is built in RAM first")
+        from transformers import AutoModelForCausalLM
+
+        whole = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, job.dtype))
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
-            f"the weights of `{path}` cannot be loaded: {first_line(error)}",
+            f"the weights of `{source}` cannot be loaded: {first_line(error)}",
             hint="name a local folder with the weights, or use `--set weights=random` to run without any",
         ) from error
+    for name, tensor in whole.state_dict().items():
+        skeleton.place(name, tensor)
 
 
-def _prepare(job: Job, model: Any) -> nn.Module:
-    """Freeze and unfreeze, add what trains, switch on checkpointing."""
+def _prepare(
+    job: Job, model: Any, mover: Mover | None = None, token_ids: Sequence[int] | None = None
+) -> nn.Module:
+    """
+    Freeze and unfreeze, add what trains, switch on checkpointing, and with a `mover` the offload of its inputs.
+    Adapters of a model without memory have none either.
+    """
     if job.method == "npt":
         from memplan.npt import convert
 
@@ -217,38 +309,27 @@ def _prepare(job: Job, model: Any) -> nn.Module:
         model.eval()
         convert(model, job.npt, seed=derive_seed(job.train.seed, "npt"))
         return model
-    trained = _add_adapters(job, model) if job.method == "lora" else model
+    trained: Any = model
+    if job.method in ("lora", "qlora"):
+        with without_bitsandbytes() if job.method == "lora" else nullcontext():
+            trained = add_adapters(model, job, token_ids)
     if job.activation_checkpointing != "none":
         # After the adapters: peft makes the embeddings require gradients where it finds checkpointing on.
         enable_activation_checkpointing(model, every_second=job.activation_checkpointing == "selective")
+        if job.activation_offload and mover is not None:
+            offload_inputs(model, mover)
     return trained.train()
 
 
-def _add_adapters(job: Job, model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _finish_adapted(job: Job, model: nn.Module, skeleton: Skeleton, device: torch.device) -> None:
+    """The base is there: what is done to it, and the adapters' values."""
+    if job.method == "qlora" and job.quantization.kbit_preparation:
+        from memplan.train.quantize import prepare_kbit
 
-    lora = job.lora
-    targets = lora.target_modules
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(derive_seed(job.train.seed, "adapters"))
-    try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=lora.dtype == "float32")
-    except ValueError as error:
-        raise RunError(
-            f"the adapters do not fit the model: {first_line(error)}",
-            hint="name linear layers of the model, or `all-linear`",
-        ) from error
-    dtype = getattr(torch, lora.dtype)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-    return adapted
+        prepare_kbit(model)
+    if job.trained_tokens:
+        fill_token_rows(model, skeleton, device)
+    draw_adapters(model, device, derive_seed(job.train.seed, "adapters"))
 
 
 def enable_activation_checkpointing(model: Any, *, every_second: bool) -> None:
@@ -271,15 +352,11 @@ def enable_activation_checkpointing(model: Any, *, every_second: bool) -> None:
             block.gradient_checkpointing = index % 2 == 1
 
 
-def derive_seed(*parts: object) -> int:
-    """A seed below 2**63 that depends on all parts, the same in every process."""
-    text = json.dumps([str(part) for part in parts])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars, loading reports and deprecations of libraries; errors still come as exceptions."""
+    # On CPUs with bfloat16 instructions, bitsandbytes asks for a package that only inference would use.
+    getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -288,7 +365,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+            warnings.filterwarnings("ignore", message=".*(fan_in_fan_out|rank_pattern|alpha_pattern).*")
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -7,12 +7,14 @@ the process in between leaves the earlier checkpoints as they were. Reading veri
 back to the one before.
 
     checkpoints/step-50/
-        adapter_config.json, adapter_model.safetensors     lora: PEFT's own format
-        npt.safetensors                                    npt
-        config.json, model.safetensors ...                 full: transformers' own format
-        optimizer.pt                                       states of the optimizer
+        state/                                             what trains and the optimizer's states: training_state.py
+        adapter_config.json, adapter_model.safetensors     lora: the adapters again, in PEFT's own format
+        npt.safetensors                                    npt: its tensors again
         state.json                                         step and what it must fit to
         manifest.json
+
+With several processes all of them write into the hidden folder, which has to be the same one for all, and the first
+publishes when every one has written.
 
 The random state is not stored: it is a function of (seed, step, micro batch), see `loop.seed_micro_batch`.
 """
@@ -28,13 +30,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from memplan.errors import RunError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-KEEP = 3
 _NAME = re.compile(r"step-(\d+)")
 _UNFINISHED = ".unfinished-"
 
@@ -60,26 +61,60 @@ class Checkpoint:
     state: State
 
 
-def save_checkpoint(root: Path, state: State, write: Callable[[Path], None]) -> Path:
+class Writers(Protocol):
+    """The processes that write a folder together; `group.Group`."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that publishes."""
+
+    def agree(self, error: str | None) -> str | None:
+        """The first error of any process, on all of them."""
+
+
+class _OneWriter:
+    is_first = True
+
+    def agree(self, error: str | None) -> str | None:
+        return error
+
+
+def save_checkpoint(
+    root: Path,
+    state: State,
+    write: Callable[[Path], None],
+    writers: Writers | None = None,
+    *,
+    keep: int = 3,
+    best_step: int | None = None,
+) -> Path:
     """
-    Publish the checkpoint of `state.step` under `root`, then delete all but the newest `KEEP`.
+    Publish the checkpoint of `state.step` under `root`, then delete all but the newest.
 
     Args:
         root: the folder `checkpoints` of a run.
-        write: puts weights and optimizer into the folder it is given.
+        write: puts weights and optimizer into the folder it is given; every process calls it.
+        writers: the processes that write; None: this one.
+        keep: how many of the newest are kept.
+        best_step: kept too.
 
     Raises:
         RunError: it could not be written; the earlier checkpoints are intact.
     """
     destination = root / f"step-{state.step}"
-    publish_folder(destination, state, write)
-    older = [path for step, path in _published(root) if step < state.step]
-    for path in older[KEEP - 1 :]:
-        shutil.rmtree(path, ignore_errors=True)
+    writers = writers or _OneWriter()
+    publish_folder(destination, state, write, writers)
+    if writers.is_first:
+        older = [(step, path) for step, path in _published(root) if step < state.step]
+        for step, path in older[keep - 1 :]:
+            if step != best_step:
+                shutil.rmtree(path, ignore_errors=True)
     return destination
 
 
-def publish_folder(destination: Path, state: State, write: Callable[[Path], None]) -> None:
+def publish_folder(
+    destination: Path, state: State, write: Callable[[Path], None], writers: Writers | None = None
+) -> None:
     """
     Let `write` fill a folder and make it appear at `destination` in one step, flushed to the disk, with its
     state and a manifest.
@@ -89,24 +124,43 @@ def publish_folder(destination: Path, state: State, write: Callable[[Path], None
     Raises:
         RunError: it could not be written; `destination` is as it was.
     """
+    writers = writers or _OneWriter()
     root = destination.parent
     folder = root / f"{_UNFINISHED}{destination.name}"
-    try:
+
+    def prepare() -> None:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        write(folder)
+
+    def publish() -> None:
         (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
         _seal(folder)
         _replace(folder, destination)
+
+    try:
+        for action, is_for_all in ((prepare, False), (lambda: write(folder), True), (publish, False)):
+            reason = writers.agree(_problem(action, root) if is_for_all or writers.is_first else None)
+            if reason is not None:
+                raise RunError(
+                    f"`{destination}` could not be saved: {reason}",
+                    hint="free some space or mend the folder; everything saved before is intact",
+                )
+    except Exception:
+        if writers.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _problem(action: Callable[[], None], root: Path) -> str | None:
+    """Why the disk would not have it; other errors are raised."""
+    try:
+        action()
     except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, MemoryError) or not _is_disk_error(error):
             raise
-        raise RunError(
-            f"`{destination}` could not be saved: {_reason(error, root)}",
-            hint="free some space or mend the folder; everything saved before is intact",
-        ) from error
+        return _reason(error, root)
+    return None
 
 
 def _seal(folder: Path) -> None:

@@ -1,261 +1,22 @@
-"""
-From the job's data to micro batches: documents, samples, and an order that is a pure function of (seed,
-step).
-
-A row of a JSONL file or of a `datasets` folder is one sample and is truncated at `max_seq_len`. A text or
-Markdown file is cut into consecutive samples of `max_seq_len`, so nothing of it is lost. With packing every
-document, row or file, is concatenated into one stream that is cut into full samples; a sample may then hold
-parts of several documents, and attention sees all of them.
-
-Importing this module does not import torch.
-"""
+"""Samples to micro batches, in an order that is a pure function of (seed, step)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memplan.errors import DataError
-from memplan.job.load import BUILT_IN_DATA
-from memplan.train.tokens import has_tokenizer, model_folder
+from memplan.job.spec import Job
+from memplan.train.order import Permutation
+from memplan.train.samples import ID_BITS, START, Samples
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from memplan.job.load import LoadedJob
-
-
-ROW_SUFFIXES = (".jsonl", ".ndjson")
-TEXT_SUFFIXES = (".txt", ".md")
 IGNORE_INDEX = -100
 PAD_ID = 0
 """Any id will do: no loss is taken on padding, and causal attention never looks right."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """
-    One text. A `row` is a sample by itself and is truncated; other documents are cut into several samples.
-    """
-
-    text: str
-    is_row: bool
-
-
-def read_documents(
-    source: str, *, column: str, resolve: Callable[[str], Path], split: str = "train"
-) -> Iterator[Document]:
-    """
-    The documents of a data source, in a fixed order, empty ones left out.
-
-    Args:
-        source: a JSONL, text or Markdown file, a folder of them, a folder written by `datasets`, or
-            `memplan-docs`.
-        column: holds the text in JSONL and `datasets` rows.
-        resolve: turns a path of the job file into a real one.
-        split: split of a `datasets` folder that has several.
-
-    Raises:
-        DataError: the source is missing, of an unknown kind, or holds a row that cannot be read.
-    """
-    if source == BUILT_IN_DATA:
-        paths = _docs_files()
-    else:
-        path = resolve(source)
-        if not path.exists():
-            raise DataError(
-                f"the data `{source}` does not exist ({path})", hint="set `data.train`, e.g. `memplan-docs`"
-            )
-        if path.is_dir() and any(
-            (path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")
-        ):
-            yield from _read_datasets(path, column, split)
-            return
-        paths = _files_of(path)
-    for path in paths:
-        if path.suffix in ROW_SUFFIXES:
-            yield from _read_rows(path, column)
-        else:
-            text = _read_text(path)
-            if text.strip():
-                yield Document(text, is_row=False)
-
-
-def _files_of(path: Path) -> list[Path]:
-    known = ROW_SUFFIXES + TEXT_SUFFIXES
-    if path.is_file():
-        if path.suffix not in known:
-            raise DataError(
-                f"`{path}` is none of {', '.join(known)}", hint="write it as JSON lines with a text column"
-            )
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in known)
-    if not files:
-        raise DataError(f"the folder `{path}` holds no {', '.join(known)} files")
-    return files
-
-
-def _docs_files() -> list[Path]:
-    import memplan
-
-    package = Path(memplan.__file__).parent
-    shipped = package / "profiles" / "text"
-    checkout = package.parent.parent
-    files = list(shipped.glob("*.md"))
-    if not files and (checkout / "pyproject.toml").exists():
-        files = [*(checkout / "docs").glob("*.md"), *checkout.glob("README.md")]
-    files.sort(key=lambda path: path.name)
-    if not files:
-        raise DataError(
-            f"this installation holds no documentation to train on ({shipped})",
-            hint="set `data.train` to a file of yours",
-        )
-    return files
-
-
-def _read_text(path: Path) -> str:
-    with _readable(path):
-        return path.read_text(encoding="utf-8")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines one by one: the file may be larger than memory."""
-    with _readable(path), path.open(encoding="utf-8") as file:
-        yield from file
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"`{path}` is not UTF-8: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise DataError(f"`{path}` cannot be read: {error.strerror}") from error
-
-
-def _read_rows(path: Path, column: str) -> Iterator[Document]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"`{path}` line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is a {type(row).__name__}, not an object with a column `{column}`")
-        yield from _row_document(row, column, where)
-
-
-def _read_datasets(path: Path, column: str, split: str) -> Iterator[Document]:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"`{path}` was written by `datasets`, which is not installed", hint='pip install "memplan[train]"'
-        ) from None
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise DataError(f"`{path}` cannot be read by `datasets`: {str(error).splitlines()[0]}") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if split not in dataset:
-            raise DataError(
-                f"`{path}` has no split `{split}`; it has {', '.join(f'`{name}`' for name in dataset)}"
-            )
-        dataset = dataset[split]
-    for number, row in enumerate(dataset, start=1):
-        yield from _row_document(row, column, f"`{path}` row {number}")
-
-
-def _row_document(row: dict[str, object], column: str, where: str) -> Iterator[Document]:
-    if column not in row:
-        columns = ", ".join(f"`{name}`" for name in row) or "none"
-        raise DataError(
-            f"{where} has no column `{column}`; it has {columns}",
-            hint="name the text column: `--set data.text=NAME`",
-        )
-    text = row[column]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: column `{column}` holds a {type(text).__name__}, not text")
-    if text.strip():
-        yield Document(text, is_row=True)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Token ids of all samples, end to end: sample `i` is `tokens[offsets[i] : offsets[i + 1]]`."""
-
-    tokens: array[int]
-    offsets: array[int]
-    num_truncated: int
-    """Rows that lost tokens because they were longer than `max_seq_len`."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> array[int]:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    def length(self, index: int) -> int:
-        """Tokens of one sample."""
-        return self.offsets[index + 1] - self.offsets[index]
-
-    def fingerprint(self) -> str:
-        """SHA-256 of every token and every boundary: equal only for equal data, tokenizer and cut."""
-        digest = hashlib.sha256(self.tokens.tobytes())
-        digest.update(self.offsets.tobytes())
-        return digest.hexdigest()
-
-
-def build_samples(
-    documents: Iterable[Document], encode: Callable[[str], list[int]], *, max_seq_len: int, packing: bool
-) -> Samples:
-    """
-    Tokenise and cut documents. A sample has 2 to `max_seq_len` tokens: one token alone predicts nothing.
-
-    Raises:
-        DataError: no sample is left.
-    """
-    tokens, offsets = array("i"), array("q", [0])
-    num_truncated = 0
-
-    def add(ids: Iterable[int]) -> None:
-        tokens.extend(ids)
-        offsets.append(len(tokens))
-
-    stream: list[int] = []
-    for document in documents:
-        ids = encode(document.text)
-        if packing:
-            stream += ids
-            while len(stream) >= max_seq_len:
-                add(stream[:max_seq_len])
-                del stream[:max_seq_len]
-        elif document.is_row:
-            num_truncated += len(ids) > max_seq_len
-            if min(len(ids), max_seq_len) > 1:
-                add(ids[:max_seq_len])
-        else:
-            for start in range(0, len(ids), max_seq_len):
-                if len(ids) - start > 1:
-                    add(ids[start : start + max_seq_len])
-    if packing and len(offsets) == 1 and len(stream) > 1:
-        add(stream)
-    if len(offsets) == 1 or max_seq_len < 2:
-        raise DataError(
-            f"the data holds no sample of 2 tokens or more (max_seq_len {max_seq_len})",
-            hint="check `data.train` and `data.text`",
-        )
-    return Samples(tokens, offsets, num_truncated)
 
 
 @dataclass(frozen=True)
@@ -264,56 +25,90 @@ class MicroBatch:
     One forward pass: `input_ids` and `labels`, both (batch, seq) int64 on the host.
 
     Short samples are padded on the right up to the longest of the batch. `labels` are the ids again,
-    `IGNORE_INDEX` on padding; the loss shifts them. There is no attention mask: see `PAD_ID`.
+    `IGNORE_INDEX` where no loss is taken; the loss shifts them. There is no attention mask: see `PAD_ID`.
     """
 
     input_ids: Tensor
     labels: Tensor
+    position_ids: Tensor | None = None
+    """(batch, seq) int64 with packing: from 0 in every document, which is how attention tells them apart."""
+    token_mask: Tensor | None = None
+    """(batch, seq) bool, True for tokens that are no padding; None if none are."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device."""
+        tensors = (self.input_ids, self.labels, self.position_ids, self.token_mask)
+        return MicroBatch(*(None if tensor is None else tensor.to(device) for tensor in tensors))
 
 
-@dataclass
 class Batches:
     """
     Which samples each step sees: the same for the same seed, whenever and wherever it is asked. Steps count
     from 1.
+
+    Args:
+        packing: samples hold several documents, each with positions of its own.
+        flatten: all samples of a micro batch in one row, as varlen kernels want packed documents.
+        longest_first: the longest sample is in the last micro batch of step 1, which is padded up to it, and the second
+            longest in that of step 2, when the optimizer's states are there too: a run that cannot fit fails at once.
     """
 
-    samples: Samples
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    seed: int
-    _order: tuple[int, list[int]] = field(default=(-1, []), init=False, repr=False)
-    """The epoch at hand and its order: shuffling millions of samples is not free."""
+    def __init__(
+        self,
+        samples: Samples,
+        micro_batch_size: int,
+        gradient_accumulation_steps: int,
+        seed: int,
+        *,
+        packing: bool = False,
+        flatten: bool = False,
+        longest_first: bool = True,
+    ) -> None:
+        self.samples = samples
+        self.micro_batch_size = micro_batch_size
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.seed = seed
+        self.packing = packing
+        self.flatten = flatten
+        self._order: tuple[int, Permutation] = (-1, Permutation(1, ""))
+        self._moved = self._longest_first() if longest_first else {}
 
-    def order(self, epoch: int) -> list[int]:
+    def _longest_first(self) -> dict[int, int]:
         """
-        Sample indices of one pass over the data.
+        {position: sample} where the first pass differs from its shuffle: the longest sample is the last of step 1, the
+        second longest that of step 2.
 
-        The very first micro batch holds the longest samples, so that a run that cannot fit fails at step 1.
+        The last sample of a step is in its last micro batch, when gradients of the others are held, however the global
+        batch is divided: a run may be resumed with another micro batch.
         """
-        count = len(self.samples)
-        indices = list(range(count))
-        random.Random(f"{self.seed}/{epoch}").shuffle(indices)
-        if epoch == 0:
-            longest = sorted(indices, key=self.samples.length, reverse=True)[: self.micro_batch_size]
-            first = set(longest)
-            indices = longest + [index for index in indices if index not in first]
-        return indices
+        order = Permutation(len(self.samples), f"{self.seed}/0")
+        size = self.micro_batch_size * self.gradient_accumulation_steps
+        moved: dict[int, int] = {}
+        for position, sample in zip((size - 1, 2 * size - 1), self.samples.longest(2)):
+            if position < len(self.samples):
+                there = next((place for place, other in moved.items() if other == sample), None)
+                there = order.position(sample) if there is None else there
+                moved[there] = moved.get(position, order[position])
+                moved[position] = sample
+        return moved
+
+    def sample_at(self, position: int) -> int:
+        """The sample at a position of the endless sequence of shuffled passes over the data."""
+        epoch, offset = divmod(position, len(self.samples))
+        if epoch == 0 and offset in self._moved:
+            return self._moved[offset]
+        if self._order[0] != epoch:
+            self._order = (epoch, Permutation(len(self.samples), f"{self.seed}/{epoch}"))
+        return self._order[1][offset]
 
     def sample_indices(self, step: int) -> list[int]:
         """Samples of an optimizer step, over all its micro batches; epochs follow one another."""
         size = self.micro_batch_size * self.gradient_accumulation_steps
-        count = len(self.samples)
-        indices: list[int] = []
-        position = (step - 1) * size
-        while len(indices) < size:
-            epoch, offset = divmod(position, count)
-            if self._order[0] != epoch:
-                self._order = (epoch, self.order(epoch))
-            taken = self._order[1][offset : offset + size - len(indices)]
-            indices += taken
-            position += len(taken)
-        return indices
+        return [self.sample_at(position) for position in range((step - 1) * size, step * size)]
+
+    def num_targets(self, step: int) -> int:
+        """Tokens that the loss of a step is taken over."""
+        return sum(self.samples.targets[index] for index in self.sample_indices(step))
 
     def lengths(self, step: int) -> list[list[int]]:
         """Tokens of every sequence of a step before padding, by micro batch."""
@@ -329,14 +124,21 @@ class Batches:
     def _collate(self, indices: Iterable[int]) -> MicroBatch:
         import torch
 
-        rows = [self.samples[index] for index in indices]
-        shape = (len(rows), max(map(len, rows)))
-        input_ids = torch.full(shape, PAD_ID, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-        for row, ids in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-            labels[row, : len(ids)] = input_ids[row, : len(ids)]
-        return MicroBatch(input_ids, labels)
+        rows = [torch.tensor(self.samples[index], dtype=torch.int64) for index in indices]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID | START)
+        is_short = any(len(row) < padded.shape[1] for row in rows)
+        lengths = torch.tensor([len(row) for row in rows])
+        places = torch.arange(padded.shape[1])
+        position_ids = None
+        if self.packing:
+            starts = torch.where(padded >= START, places, 0).cummax(dim=1).values
+            position_ids = places - starts
+        input_ids = padded & ID_BITS
+        labels = torch.where(padded > ID_BITS, IGNORE_INDEX, input_ids)
+        if self.flatten:
+            input_ids, labels = input_ids.reshape(1, -1), labels.reshape(1, -1)
+            position_ids = None if position_ids is None else position_ids.reshape(1, -1)
+        return MicroBatch(input_ids, labels, position_ids, places < lengths[:, None] if is_short else None)
 
     def one_pass(self) -> Iterator[MicroBatch]:
         """Every sample once, in the order of the data: for evaluation."""
@@ -349,46 +151,14 @@ class Batches:
         return self.sample_indices(step)[start : start + self.micro_batch_size]
 
 
-def count_truncated(loaded: LoadedJob, max_seq_len: int) -> tuple[int, int] | None:
-    """
-    How many samples the job's data has, and how many of them lose tokens at `max_seq_len`.
-
-    Text files and packed data are cut, not truncated, and lose none. Needs no torch: a model folder's
-    `tokenizer.json` is read with `tokenizers`, and random weights without one train on bytes.
-
-    Returns:
-        (samples, longer), or None where the data or the tokenizer cannot be read here.
-    """
-    job = loaded.job
-    if job.data.train is None:
-        return None
-    lengths = _length_function(loaded)
-    if lengths is None:
-        return None
-    num_samples = num_longer = 0
-    try:
-        for document in read_documents(job.data.train, column=job.data.text, resolve=loaded.resolve_path):
-            length = lengths(document.text)
-            if document.is_row and not job.packing:
-                num_samples += 1
-                num_longer += length > max_seq_len
-            else:
-                num_samples += -(-length // max_seq_len)
-    except DataError:
-        return None
-    return num_samples, num_longer
-
-
-def _length_function(loaded: LoadedJob) -> Callable[[str], int] | None:
-    folder = model_folder(loaded.job.model, loaded.base_dir)
-    if loaded.job.weights == "random" and not has_tokenizer(folder):
-        return lambda text: len(text.encode("utf-8")) + 1
-    file = folder / "tokenizer.json" if folder is not None else None
-    if file is None or not file.exists():
-        return None
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        return None
-    tokenizer = Tokenizer.from_file(str(file))
-    return lambda text: len(tokenizer.encode(text).ids) + 1
+def job_batches(job: Job, samples: Samples) -> Batches:
+    """The batches of a job, over all its ranks: the loop takes the micro batches of its own."""
+    return Batches(
+        samples,
+        job.micro_batch_size,
+        job.global_batch_size // job.micro_batch_size,
+        job.train.seed,
+        packing=job.packing,
+        flatten=job.packing and job.attention == "flash_attention_2",
+        longest_first=job.data.longest_first,
+    )

@@ -3,34 +3,45 @@ Measured peaks per phase: the plan's other half.
 
 A meter is told when a phase begins and remembers, for every phase of every step it saw, the most bytes that
 were allocated at once. On CUDA the caching allocator counts by itself. On the CPU torch's profiler reports
-every allocation and free; it runs while the model loads and for `PROFILED_STEPS` optimizer steps, then stops,
-so the rest of the run is not slowed.
+allocations and frees; it runs while the model loads and for `PROFILED_STEPS` optimizer steps, then stops, so the
+rest of the run is not slowed.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from memplan.train.gloo import settled_collectives
+from memplan.train.parallel import local_part
 from memplan.train.record import PhasePeak
 
 PROFILED_STEPS = 3
 _MARK = "memplan/"
+_MEMORY = "[memory]"
+_ADOPTED, _BETWEEN = "adopted", "between"
+"""Marks that are no phases: the model is loaded; a step is over, and what saving takes is no part of it."""
 
 
 class Meter(Protocol):
     """What the loop tells about itself, and what can be read afterwards."""
 
+    counts_allocations: bool
+    """Whether `live_bytes` is what tensors take, and not the whole process."""
+
     def begin(self, phase: str, step: int) -> None:
         """A phase begins here, and the one before it ends."""
 
-    def adopt(self, model: nn.Module) -> None:
-        """The model is loaded."""
+    def adopt(self, model: nn.Module, others: Iterable[torch.Tensor] = ()) -> None:
+        """The model is loaded; `others` are tensors that are there beside its parameters and buffers."""
 
     def end_step(self, step: int) -> None:
         """Optimizer step `step` (from 1) is over."""
@@ -55,6 +66,8 @@ def make_meter(device: torch.device, *, steps: int = PROFILED_STEPS) -> Meter:
 class CudaMeter:
     """Reads and resets the allocator's peak statistics at every phase boundary, for the whole run."""
 
+    counts_allocations = True
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._current: tuple[str, int] | None = None
@@ -65,7 +78,7 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(self.device)
         self._current = (phase, step)
 
-    def adopt(self, model: nn.Module) -> None:
+    def adopt(self, model: nn.Module, others: Iterable[torch.Tensor] = ()) -> None:
         """Nothing to add: the allocator has seen every weight."""
 
     def end_step(self, step: int) -> None:
@@ -104,6 +117,8 @@ class CpuMeter:
     them.
     """
 
+    counts_allocations = False
+
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self._model_bytes = 0
@@ -112,7 +127,9 @@ class CpuMeter:
         self._profiler: Any = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         )
-        self._profiler.__enter__()
+        self._stack = ExitStack()
+        self._stack.enter_context(settled_collectives())
+        self._stack.enter_context(self._profiler)
 
     def begin(self, phase: str, step: int) -> None:
         if self._profiler is not None:
@@ -121,14 +138,15 @@ class CpuMeter:
 
     def end_step(self, step: int) -> None:
         self._num_steps += 1
+        self.begin(_BETWEEN, step)
         if self._num_steps >= self.steps:
             self._stop()
 
-    def adopt(self, model: nn.Module) -> None:
+    def adopt(self, model: nn.Module, others: Iterable[torch.Tensor] = ()) -> None:
         """Count the bytes of `model` that the allocator never saw; call it when the model is loaded."""
         if self._profiler is not None:
-            self._model_bytes = storage_bytes([*model.parameters(), *model.buffers()])
-            self.begin("adopt", 0)
+            self._model_bytes = storage_bytes([*model.parameters(), *model.buffers(), *others])
+            self.begin(_ADOPTED, 0)
 
     def peaks(self) -> list[PhasePeak]:
         self._stop()
@@ -144,40 +162,99 @@ class CpuMeter:
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
-        profiler.__exit__(None, None, None)
-        events = profiler.profiler.kineto_results.events()
-        self._peaks = replay(
-            ((event.start_ns(), event.name(), event.nbytes()) for event in events),
-            model_bytes=self._model_bytes,
-        )
+        self._stack.close()
+        roots = profiler.profiler.kineto_results.experimental_event_tree()
+        self._peaks = replay(_read_tree(roots), model_bytes=self._model_bytes)
 
 
-def replay(events: Iterable[tuple[int, str, int]], *, model_bytes: int = 0) -> list[PhasePeak]:
+@dataclass(frozen=True)
+class Event:
+    """What the profiler reports: so many bytes allocated at an address, or freed if negative; or one of our marks."""
+
+    time_ns: int
+    name: str
+    address: int = 0
+    num_bytes: int = 0
+
+
+def _read_tree(roots: Iterable[Any]) -> Iterator[Event]:
+    """The events of memory and the marks in the profiler's trees, in no order."""
+    stack = list(roots)
+    while stack:
+        event = stack.pop()
+        stack += event.children
+        name = event.name
+        if name == _MEMORY:
+            fields = event.extra_fields
+            yield Event(event.start_time_ns, name, fields.ptr, fields.alloc_size)
+        elif name.startswith(_MARK):
+            yield Event(event.start_time_ns, name)
+
+
+class LiveBlocks:
     """
-    Peaks per phase from (time, name, bytes) of profiler events: `[memory]` ones count, marks separate.
+    Blocks of memory that are allocated, by address.
 
-    At the `adopt` mark whatever `model_bytes` exceeds the bytes allocated until then is added, from there on
+    The profiler sees no free on a thread that it does not follow, as gloo's are (`settled_collectives` keeps nearly all
+    frees off them). A block whose memory is given out again was freed before, and is counted until then.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._sizes: dict[int, int] = {}
+        self._addresses: list[int] = []
+        """Sorted. Blocks do not overlap."""
+
+    def allocate(self, address: int, num_bytes: int) -> None:
+        """A block is there, and none of those that it overlaps is any more."""
+        index = bisect_left(self._addresses, address)
+        if index:
+            before = self._addresses[index - 1]
+            if before + self._sizes[before] > address:
+                self.free(before)
+                index -= 1
+        while index < len(self._addresses) and self._addresses[index] < address + num_bytes:
+            self.free(self._addresses[index])
+        insort(self._addresses, address)
+        self._sizes[address] = num_bytes
+        self.num_bytes += num_bytes
+
+    def free(self, address: int) -> None:
+        """A block goes; nothing happens where none is known."""
+        num_bytes = self._sizes.pop(address, None)
+        if num_bytes is not None:
+            del self._addresses[bisect_left(self._addresses, address)]
+            self.num_bytes -= num_bytes
+
+
+def replay(events: Iterable[Event], *, model_bytes: int = 0) -> list[PhasePeak]:
+    """
+    Peaks per phase from what the profiler has reported.
+
+    At the mark of `adopt` whatever `model_bytes` exceeds the bytes allocated until then is added, from there on
     and to the peak of loading.
     """
-    relevant = [event for event in events if event[1] == "[memory]" or event[1].startswith(_MARK)]
-    relevant.sort(key=lambda event: event[0])
     peaks: list[PhasePeak] = []
-    live = peak = 0
+    blocks = LiveBlocks()
+    unseen = peak = 0
     current: tuple[str, int] | None = None
-    for _, name, num_bytes in relevant:
-        if name == "[memory]":
-            live += num_bytes
-            peak = max(peak, live)
+    for event in sorted(events, key=lambda event: event.time_ns):
+        if event.name == _MEMORY:
+            if event.num_bytes > 0:
+                blocks.allocate(event.address, event.num_bytes)
+            else:
+                blocks.free(event.address)
+            peak = max(peak, unseen + blocks.num_bytes)
             continue
-        phase, step = name[len(_MARK) :].rsplit("/", 1)
-        if phase == "adopt":
-            unseen = max(0, model_bytes - live)
-            live += unseen
-            peak = max(peak, live)
+        phase, step = event.name[len(_MARK) :].rsplit("/", 1)
+        if phase == _ADOPTED:
+            unseen = max(0, model_bytes - blocks.num_bytes)
+            peak = max(peak, unseen + blocks.num_bytes)
             continue
         if current is not None:
             peaks.append(PhasePeak(*current, allocated_peak_bytes=peak))
-        current, peak = (phase, int(step)), live
+        current = (phase, int(step)) if phase != _BETWEEN else None
+        peak = unseen + blocks.num_bytes
     if current is not None:
         peaks.append(PhasePeak(*current, allocated_peak_bytes=peak))
     return _merge(peaks)
@@ -194,9 +271,20 @@ def _merge(peaks: list[PhasePeak]) -> list[PhasePeak]:
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors: tied weights count once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    """Bytes of the distinct storages behind tensors on this rank: tied weights count once."""
+    storages = [local_part(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def inventory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes on this rank of weights (adapters and buffers included), gradients and optimizer states."""
+    parameters = list(model.parameters())
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return {
+        "weights": storage_bytes([*parameters, *model.buffers()]),
+        "gradients": storage_bytes(p.grad for p in parameters if p.grad is not None),
+        "optimizer": storage_bytes(value for value in states if isinstance(value, torch.Tensor)),
+    }
 
 
 def resident_bytes() -> int:

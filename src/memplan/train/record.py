@@ -1,14 +1,20 @@
 """
 What a run leaves behind for readers: `record.json`, rewritten whole at every change of state, and
-`metrics.jsonl`.
+`metrics.jsonl`. With several processes the first one writes them.
 
-    schema_version  1 job, plan       the job as resolved; the estimate (the object of `memplan estimate
-    --format json`) or null measured        {phases: [{phase, step, allocated_peak_bytes, reserved_bytes,
-    rank}], peak: the highest of them} versions        of memplan, python, torch, transformers, peft device
-    {type, name, total_bytes} data            {samples, truncated, longest, tokenizer} outcome         running
-    | completed | interrupted | out_of_memory | failed error           the sentence that was printed, or null
-    steps           {first, last, max}: of this start of the run loss            {first, last} resumed_from
-    the checkpoint's step, or null started_at, finished_at   UTC
+    schema_version  1
+    job, plan       the job as resolved; the estimate (the object of `memplan estimate --format json`) or null
+    measured        {phases: [{phase, step, allocated_peak_bytes, reserved_bytes, rank}], peak: the highest of them}
+    versions        of memplan, python, torch, transformers, peft
+    device          {type, name, total_bytes}
+    data            {documents, samples, tokens, targets, truncated, left_out, longest, tokenizer}
+    outcome         running | completed | interrupted | out_of_memory | failed
+    error           the sentence that was printed, or null
+    steps           {first, last, max}: of this start of the run
+    loss            {first, last}
+    resumed_from    the checkpoint's step, or null
+    replan          {set, summary}: after running out of memory, what `--on-oom replan` goes on with; or null
+    started_at, finished_at   UTC
 
 A process that is killed leaves `running`; the launcher then writes `failed`.
 """
@@ -56,13 +62,16 @@ def highest_by_phase(peaks: Iterable[PhasePeak]) -> dict[str, PhasePeak]:
 class Record:
     """The fields of `record.json`; every `update` is on disk, whole, before it returns."""
 
-    def __init__(self, folder: Path, fields: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, fields: dict[str, Any], *, is_written: bool = True) -> None:
         self.path = folder / RECORD
         self.fields = fields
+        self.is_written = is_written
 
     @classmethod
-    def start(cls, folder: Path, job: dict[str, Any]) -> Record:
-        """A new record of a run that has just begun, in place of the one before it."""
+    def start(cls, folder: Path, job: dict[str, Any], *, is_written: bool = True) -> Record:
+        """
+        A new record of a run that has just begun, in place of the one before it; not `is_written`: in memory only.
+        """
         record = cls(
             folder,
             {
@@ -78,9 +87,11 @@ class Record:
                 "steps": {"first": None, "last": None, "max": job["train"]["max_steps"]},
                 "loss": {"first": None, "last": None},
                 "resumed_from": None,
+                "replan": None,
                 "started_at": _now(),
                 "finished_at": None,
             },
+            is_written=is_written,
         )
         record.update()
         return record
@@ -97,7 +108,8 @@ class Record:
     def update(self, **fields: Any) -> None:
         """Set fields and write the file."""
         self.fields.update(fields)
-        write_atomically(self.path, json.dumps(self.fields, indent=2) + "\n")
+        if self.is_written:
+            write_atomically(self.path, json.dumps(self.fields, indent=2) + "\n")
 
     def finish(self, outcome: str, error: str | None = None) -> None:
         """The run is over."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from memplan.budget.result import Result
 from memplan.errors import RunError, UnknownModel
 from memplan.job.spec import Job
 from memplan.model import Architecture, resolve_config, resolve_model
-from memplan.model.catalogue import find_model
+from memplan.tape.vocabulary import resized_config
 from memplan.train import report
-from memplan.train.build import Built, build_model
+from memplan.train.build import Built
 from memplan.train.checkpoint import (
     Checkpoint,
     State,
@@ -28,16 +26,26 @@ from memplan.train.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from memplan.train.data import Batches, Samples, build_samples, read_documents
-from memplan.train.launch import CHECKPOINTS, FINAL, check_device
-from memplan.train.loop import Loop, StepResult
-from memplan.train.measure import Meter, make_meter
+from memplan.train.data import Batches, job_batches
+from memplan.train.documents import Reader
+from memplan.train.final_weights import complete_model, save_weights
+from memplan.train.group import Group, find_device
+from memplan.train.history import EvaluationHistory
+from memplan.train.loop import Loop
+from memplan.train.machine import describe_device, installed_versions
+from memplan.train.measure import Meter, inventory, make_meter
+from memplan.train.metrics import evaluation_fields, metrics_line
 from memplan.train.optimizer import build_optimizer
+from memplan.train.output_folder import CHECKPOINTS, FINAL
+from memplan.train.parallel import Parallel, build_parallel
 from memplan.train.record import Metrics, PhasePeak, Record, read_metrics_lines
+from memplan.train.refusals import check_device
 from memplan.train.report import say
-from memplan.train.tokens import Tokenizer, load_tokenizer, model_folder
-
-OPTIMIZER_FILE = "optimizer.pt"
+from memplan.train.samples import Samples, build_samples
+from memplan.train.sources import read_source
+from memplan.train.tokens import Tokenizer, job_tokenizer, weights_source
+from memplan.train.trackers import open_tracker
+from memplan.train.training_state import base_fingerprint, load_state, save_state
 
 
 class Interrupted(BaseException):
@@ -58,6 +66,7 @@ class Run:
         resume: continue from the newest checkpoint.
         stop_signal: asked after every step; a signal's number ends the run with a checkpoint.
         hook: is told (phase, step) when a phase begins.
+        group: the processes that run it together, each with a `Run` of its own; None: this one alone.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class Run:
         dry_run: bool = False,
         stop_signal: Callable[[], int | None] = lambda: None,
         hook: Callable[[str, int], None] = lambda phase, step: None,
+        group: Group | None = None,
     ) -> None:
         self.folder = folder
         self.job = job
@@ -77,16 +87,20 @@ class Run:
         self.dry_run = dry_run
         self.stop_signal = stop_signal
         self.hook = hook
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self.record = Record.start(folder, asdict(job))
-        self.resume_command = report.resume_command(folder)
+        self.group = group or Group(device=find_device(0, 1))
+        self.device = self.group.device
+        self.record = Record.start(folder, asdict(job), is_written=self.group.is_first)
+        self.resume_command = report.resume_command(Path(job.train.output_dir))
         self.phase: tuple[str, int] = ("load", 0)
         self.saved_step: int | None = None
         self.plan: Result | None = None
         self.architecture: Architecture | None = None
         self._meter: Meter | None = None
         self._built: Built | None = None
+        self._parallel: Parallel | None = None
         self._loop: Loop | None = None
+        self._decode: Callable[[list[int]], str] | None = None
+        self._gathered: list[PhasePeak] = []
         self._state = State(0, "", "", job.global_batch_size)
 
     def execute(self) -> None:
@@ -100,23 +114,33 @@ class Run:
         """
         check_device(self.job, self.device.type)
         config = resolve_config(self.job.model).config
+        try:
+            self.architecture = resolve_model(self.job.model)
+        except UnknownModel as error:
+            say(f"note: no plan to compare with: {error.message}")
+        vocab_size = self.architecture.vocab_size if self.architecture else config.get("vocab_size")
+        tokenizer = job_tokenizer(self.job, vocab_size)
+        config = self._make_room(config, tokenizer)
         self._make_plan()
-        self.record.update(versions=_versions(), device=describe_device(self.device))
-        tokenizer = self._load_tokenizer(config)
+        self.record.update(versions=installed_versions(), device=describe_device(self.device))
+        self._decode = tokenizer.decode
         samples = self._read_samples(tokenizer, self.job.data.train, split="train")
+        if self.job.train.epochs is not None:
+            self._count_steps(self.job.train.epochs, samples)
         evaluation = None
         if self.job.data.eval is not None:
-            evaluation = self._batches(self._read_samples(tokenizer, self.job.data.eval, split="validation"))
-        if not self.dry_run:
+            evaluation = job_batches(
+                self.job, self._read_samples(tokenizer, self.job.data.eval, split="validation")
+            )
+        if not self.dry_run and self.group.is_first:
             remove_unfinished(self.checkpoints)
-        checkpoint = load_latest(self.checkpoints, warn=say) if self.resume else None
+        checkpoint = self._find_checkpoint() if self.resume else None
         start = checkpoint.state.step if checkpoint else 0
-        loop = self._load(config, samples, checkpoint)
+        loop = self._load(config, tokenizer, samples, checkpoint)
         if self.dry_run:
             say("dry run: the data and the model are loaded and ready for the first step")
             return
-        self._train(start, loop, evaluation)
-        self._publish_final(tokenizer, max(start, self.job.train.max_steps))
+        self._publish_final(tokenizer, self._train(start, loop, evaluation))
 
     def begin(self, phase: str, step: int) -> None:
         """A phase begins."""
@@ -127,23 +151,36 @@ class Run:
 
     def release(self) -> None:
         """Let go of everything on the device."""
-        self._loop = self._built = None
+        self._loop = self._built = self._parallel = None
 
     @property
     def peaks(self) -> list[PhasePeak]:
-        """What was measured; asking ends the measuring on the CPU."""
-        return self._meter.peaks() if self._meter is not None else []
+        """
+        What was measured on this rank, and on the others once `gather_peaks` was called; asking ends the measuring on
+        the CPU.
+        """
+        mine = self._meter.peaks() if self._meter is not None else []
+        return self._gathered or [replace(peak, rank=self.group.rank) for peak in mine]
+
+    def stop_measuring(self) -> None:
+        """Keep what was measured, and stop the profiler: a process that ends while it runs ends badly."""
+        if self._meter is not None:
+            self._meter.peaks()
+
+    def gather_peaks(self) -> None:
+        """Have every rank's peaks on every rank. All of them call it."""
+        self._gathered = [peak for peaks in self.group.collect(self.peaks) for peak in peaks]
 
     def finish(self, outcome: str, error: str | None = None) -> None:
-        """Complete the record: how the run ended and what was measured."""
-        peaks = self.peaks
-        highest = max(peaks, key=lambda peak: peak.allocated_peak_bytes, default=None)
+        """Complete the record: how the run ended and what was measured. A rank that is not the first adds its cause."""
+        if not self.group.is_first:
+            record = Record.read(Path(self.job.train.output_dir))
+            if record is not None:
+                record.finish(outcome, error)
+            return
         lines = read_metrics_lines(self.folder)
         self.record.update(
-            measured={
-                "phases": [asdict(peak) for peak in peaks],
-                "peak": asdict(highest) if highest else None,
-            },
+            measured=report.measured_fields(self.peaks),
             steps={
                 "first": lines[0]["step"] if lines else None,
                 "last": lines[-1]["step"] if lines else None,
@@ -156,14 +193,11 @@ class Run:
     def _make_plan(self) -> None:
         from memplan.budget.estimate import estimate
 
-        try:
-            self.architecture = resolve_model(self.job.model)
-            self.plan = estimate(self.job.replace(loop="memplan"), self.architecture, device=self.device.type)
-        except UnknownModel as error:
-            say(f"note: no plan to compare with: {error.message}")
+        if self.architecture is None:
             return
+        self.plan = estimate(self.job.replace(loop="memplan"), self.architecture, device=self.device.type)
         self.record.update(plan=self.plan.to_json())
-        for line in report.plan_lines(self.plan, self.device.type):
+        for line in report.plan_lines(self.plan, self.device.type, num_ranks=self.group.world_size):
             say(line)
         positions = self.architecture.max_position_embeddings
         if self.architecture.family == "gpt2" and self.job.max_seq_len > positions:
@@ -172,65 +206,86 @@ class Run:
                 hint=f"use `--set max_seq_len={positions}`",
             )
 
-    def _load_tokenizer(self, config: dict[str, Any]) -> Tokenizer:
-        vocab_size = self.architecture.vocab_size if self.architecture else config.get("vocab_size")
-        if not isinstance(vocab_size, int):
-            raise RunError("the model's config names no `vocab_size`", hint="add it to its config.json")
-        folder = model_folder(self.job.model, None)
-        return load_tokenizer(self._weights_source(), folder, weights=self.job.weights, vocab_size=vocab_size)
-
-    def _weights_source(self) -> str:
-        """Local folder or hub id of the model."""
-        folder = model_folder(self.job.model, None)
-        if folder is not None:
-            return str(folder)
-        entry = find_model(self.job.model)
-        return entry.hub_ids[0] if entry is not None and entry.hub_ids else self.job.model
+    def _make_room(self, config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+        """The config, and the architecture, with rows for the tokens that were added."""
+        names = self.job.data.special_tokens
+        if not names:
+            return config
+        before = config.get("vocab_size")
+        config = resized_config(self.job, config, tokenizer.size, tokenizer.num_new)
+        rows = config["vocab_size"]
+        if self.architecture is not None:
+            self.architecture = replace(self.architecture, vocab_size=rows, is_resized=True)
+        grown = f"embeddings grow from {before} to {rows}" if rows != before else "the embeddings have room"
+        known = len(names) - tokenizer.num_new
+        say(
+            f"special tokens: {tokenizer.num_new} added"
+            + (f", {known} known already" if known else "")
+            + f"; {grown}"
+        )
+        return config
 
     def _read_samples(self, tokenizer: Tokenizer, source: str | None, *, split: str) -> Samples:
         assert source is not None
-        documents = read_documents(source, column=self.job.data.text, resolve=Path, split=split)
+        data = self.job.data
+        reader = Reader(data, tokenizer.render)
+        rows = read_source(source, resolve=Path, split=data.split or split, subset=data.subset)
         samples = build_samples(
-            documents, tokenizer.encode, max_seq_len=self.job.max_seq_len, packing=self.job.packing
+            reader.documents(rows),
+            tokenizer.tokenize,
+            max_seq_len=self.job.max_seq_len,
+            packing=self.job.packing,
+            folder=self.folder,
         )
-        longest = max(map(samples.length, range(len(samples))))
-        cut = f", {samples.num_truncated:,} of them truncated" if samples.num_truncated else ""
-        name = "data" if split == "train" else "evaluation data"
-        say(f"{name}: {len(samples):,} samples of up to {longest:,} tokens ({tokenizer.name}){cut}")
+        summary = report.data_summary(samples, reader.kinds, tokenizer.name)
+        say(report.data_line("data" if split == "train" else "evaluation data", summary))
         if split == "train":
-            self.record.update(
-                data={
-                    "samples": len(samples),
-                    "truncated": samples.num_truncated,
-                    "longest": longest,
-                    "tokenizer": tokenizer.name,
-                }
-            )
+            self.record.update(data=summary)
         return samples
 
-    def _batches(self, samples: Samples) -> Batches:
-        job = self.job
-        return Batches(samples, job.micro_batch_size, job.gradient_accumulation_steps, job.train.seed)
+    def _count_steps(self, epochs: float, samples: Samples) -> None:
+        """From now on the job has the steps that so many passes over the data take."""
+        steps = ceil(epochs * len(samples) / self.job.global_batch_size)
+        self.job = self.job.replace(**{"train.max_steps": steps})
+        self.record.update(steps={**self.record.fields["steps"], "max": steps})
+        say(f"{epochs:g} epochs are {steps} steps of {self.job.global_batch_size} samples")
 
-    def _load(self, config: dict[str, Any], samples: Samples, checkpoint: Checkpoint | None) -> Loop:
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole: the first rank looks, and all take what it has found."""
+        found = load_latest(self.checkpoints, warn=say) if self.group.is_first else None
+        return next(iter(self.group.collect(found)))
+
+    def _load(
+        self, config: dict[str, Any], tokenizer: Tokenizer, samples: Samples, checkpoint: Checkpoint | None
+    ) -> Loop:
         """Model, optimizer and loop, from the checkpoint where there is one."""
         job = self.job
         self._meter = make_meter(self.device)
         self.begin("load", 0)
-        weights_path = self._weights_source() if job.weights == "pretrained" else None
-        if checkpoint is not None and job.method == "full":
-            weights_path = str(checkpoint.path)
-        built = build_model(job, config, self.device, weights_path=weights_path)
-        optimizer = build_optimizer(job, built.trainable)
-        self._state = State(0, samples.fingerprint(), built.base_fingerprint(), job.global_batch_size)
+        weights_path = weights_source(job) if job.weights == "pretrained" else None
+        parallel = build_parallel(
+            job,
+            config,
+            self.group,
+            weights_path=weights_path,
+            token_ids=tokenizer.special_ids if tokenizer.special_ids else None,
+        )
+        built = parallel.built
+        optimizer = build_optimizer(job, list(parallel.trainable.values()))
+        base = base_fingerprint(built.model, self.group, job.parallel.dp_shard)
+        self._state = State(0, samples.digest, base, job.global_batch_size)
         if checkpoint is not None:
-            self._restore(checkpoint, built, optimizer)
-        self._built = built
-        self._loop = Loop(job, built, optimizer, self._batches(samples), self.device, begin=self.begin)
+            self._restore(checkpoint, parallel, optimizer)
+        self._built, self._parallel = built, parallel
+        self._loop = Loop(
+            job, built, optimizer, job_batches(job, samples), self.device, parallel=parallel, begin=self.begin
+        )
+        if checkpoint is not None:
+            self._loop.loss_scale.load(checkpoint.path)
         self._meter.adopt(built.model)
         return self._loop
 
-    def _restore(self, checkpoint: Checkpoint, built: Built, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self, checkpoint: Checkpoint, parallel: Parallel, optimizer: torch.optim.Optimizer) -> None:
         causes = {
             "data": "the data or the tokenizer has changed",
             "base": "the base weights are not those it was trained on",
@@ -242,116 +297,127 @@ class Run:
                     f"`{checkpoint.path}` cannot be continued: {cause}",
                     hint="bring it back, or start anew with `--set train.output_dir=...`",
                 )
-        if self.job.method != "full":
-            built.load_weights(checkpoint.path)
-        saved = torch.load(checkpoint.path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        # Groups carry the choice of kernel, which may have changed since.
-        optimizer.load_state_dict(
-            {"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]}
-        )
+        load_state(checkpoint.path, parallel.trainable, optimizer, self.group)
         self.saved_step = checkpoint.state.step
         self.record.update(resumed_from=checkpoint.state.step)
         say(f"continuing after step {checkpoint.state.step}")
 
-    def _train(self, start: int, loop: Loop, evaluation: Batches | None) -> None:
-        job, meter = self.job, self._meter
+    def _train(self, start: int, loop: Loop, evaluation: Batches | None) -> int:
+        """The steps after `start`; the last one done, which early stopping may bring forward."""
+        train, meter = self.job.train, self._meter
         assert meter is not None
-        last = job.train.max_steps
-        metrics = Metrics(self.folder, resumed_from=start)
-        progress = report.Progress(first=start + 1, last=last, plan=self.plan)
+        last = max(start, train.max_steps)
+        lines = read_metrics_lines(Path(train.output_dir))
+        history = EvaluationHistory.from_metrics(line for line in lines if line["step"] <= start)
+        watch = report.Watch(
+            self.plan, self.record, meter, lambda: inventory(loop.built.model, loop.optimizer)
+        )
+        is_first = self.group.is_first
+        metrics = Metrics(self.folder, resumed_from=start) if is_first else None
+        progress = report.Progress(first=start + 1, last=last, plan=self.plan) if is_first else None
+        tracker = open_tracker(
+            train.report_to if is_first else "none", self.folder, asdict(self.job), resumed_from=start
+        )
         try:
             for step in range(start + 1, last + 1):
+                if history.is_exhausted(train.early_stopping):
+                    if is_first:
+                        say(report.early_stop_line(history, step - 1))
+                    return step - 1
                 began = time.perf_counter()
                 result = loop.step(step)
                 seconds = time.perf_counter() - began
                 meter.end_step(step)
-                signum = self.stop_signal()
-                saves = signum is not None or step == last or step % job.train.save_every == 0
-                line = _metrics_line(result, seconds, meter.live_bytes())
-                if saves and evaluation is not None:
-                    line["eval_loss"] = loop.evaluate(evaluation)
-                metrics.append(line)
-                progress.step(step, line, meter.peak_bytes())
+                signum = self.group.highest(self.stop_signal() or 0) or None
+                saves = signum is not None or step == last or step % train.save_every == 0
+                line = metrics_line(result, seconds, meter.live_bytes(), self.job.global_batch_size)
+                if evaluation is not None and (saves or step % (train.eval_every or train.save_every) == 0):
+                    line |= self._evaluate(loop, evaluation, history, step)
+                    is_best = train.keep_best and history.best_step == step
+                    saves = saves or is_best or history.is_exhausted(train.early_stopping)
+                if metrics is not None and progress is not None:
+                    metrics.append(line)
+                    tracker.log(line)
+                    progress.step(step, line, meter.peak_bytes())
+                    for sentence in watch.after_step(step):
+                        progress.say(sentence)
                 if saves:
-                    self._save(step)
+                    self._save(step, history.best_step if train.keep_best else None)
                 if signum is not None and step < last:
                     raise Interrupted(signum, step)
+            return last
         finally:
-            metrics.close()
-            progress.close()
+            if metrics is not None and progress is not None:
+                metrics.close()
+                progress.close()
+            tracker.close()
 
-    def _save(self, step: int) -> None:
+    def _evaluate(
+        self, loop: Loop, evaluation: Batches, history: EvaluationHistory, step: int
+    ) -> dict[str, Any]:
+        """What an evaluation adds to the step's line, and to the history."""
+        evaluated = loop.evaluate(evaluation, step)
+        history.add(step, evaluated.loss)
+        self._say_samples(loop, evaluation, step)
+        return evaluation_fields(evaluated)
+
+    def _say_samples(self, loop: Loop, evaluation: Batches, step: int) -> None:
+        """NPT: what base and NPT model write."""
+        if self.job.method != "npt" or not self.job.npt.samples or self._decode is None:
+            return
+        from memplan.train.npt_samples import continuations, sample_lines
+
+        found = continuations(self.job, loop.parallel, evaluation.samples, self._decode)
+        for line in sample_lines(found, step):
+            say(line)
+
+    def _save(self, step: int, best_step: int | None) -> None:
         """
-        Publish a checkpoint.
+        Publish a checkpoint, and keep that of `best_step`.
 
         Raises:
             RunError: the weights are not numbers any more, or the disk is full; the message names the
             checkpoint that is left.
         """
-        built, loop = self._built, self._loop
-        assert built is not None and loop is not None
+        built, parallel, loop = self._built, self._parallel, self._loop
+        assert built is not None and parallel is not None and loop is not None
 
         def write(folder: Path) -> None:
-            built.save_weights(folder)
-            torch.save(loop.optimizer.state_dict(), folder / OPTIMIZER_FILE)
+            save_state(folder, parallel.trainable, loop.optimizer, self.group)
+            if self.group.is_first:
+                loop.loss_scale.save(folder)
+            if self.job.method != "full":
+                save_weights(folder, built, parallel)
 
-        if not all(bool(parameter.isfinite().all()) for parameter in built.trainable):
+        if not parallel.all_finite():
             raise RunError(
                 f"the weights are not finite after step {step}", hint="lower `train.learning_rate`"
             )
         try:
-            save_checkpoint(self.checkpoints, replace(self._state, step=step), write)
+            save_checkpoint(
+                self.checkpoints,
+                replace(self._state, step=step),
+                write,
+                self.group,
+                keep=self.job.train.keep_checkpoints,
+                best_step=best_step,
+            )
         except RunError as error:
             raise RunError(error.message, hint="make room on the disk") from error
         self.saved_step = step
 
     def _publish_final(self, tokenizer: Tokenizer, step: int) -> None:
-        built = self._built
-        assert built is not None
+        built, parallel = self._built, self._parallel
+        assert built is not None and parallel is not None
 
         def write(folder: Path) -> None:
-            built.save_weights(folder)
-            if tokenizer.save is not None:
+            save_weights(folder, built, parallel)
+            if self.job.method == "full" and self.group.is_first:
+                source = weights_source(self.job) if self.job.weights == "pretrained" else None
+                complete_model(folder, built, source, resolve_config(self.job.model).config)
+            if tokenizer.save is not None and self.group.is_first:
                 tokenizer.save(folder)
 
-        publish_folder(self.folder / FINAL, replace(self._state, step=step), write)
-
-
-def _metrics_line(result: StepResult, seconds: float, memory_bytes: int) -> dict[str, Any]:
-    """One line of `metrics.jsonl`; `memory` in bytes: allocated on CUDA, resident on the CPU."""
-    line: dict[str, Any] = {
-        "step": result.step,
-        "loss": result.loss,
-        "learning_rate": result.learning_rate,
-        "tokens": result.num_tokens,
-        "tokens_per_s": result.num_tokens / seconds,
-        "memory": memory_bytes,
-    }
-    if result.relative_error is not None:
-        line["relative_error"] = {str(layer): error for layer, error in result.relative_error.items()}
-    return line
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    from memplan import __version__
-
-    versions = {"memplan": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("transformers", "peft", "bitsandbytes"):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """Type, name and bytes of memory of what the run runs on."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return {"type": "cuda", "name": properties.name, "total_bytes": properties.total_memory}
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "type": "cpu",
-        "name": f"{torch.get_num_threads()} threads, {platform.machine()}",
-        "total_bytes": total,
-    }
+        output = Path(self.job.train.output_dir)
+        publish_folder(output / FINAL, replace(self._state, step=step), write, self.group)
+        self.gather_peaks()

@@ -1,30 +1,43 @@
 """
-The child process of `memplan train`: `python -m memplan.train.worker OUTPUT_DIR [--resume]`.
+The child process of `memplan train`: `python -m memplan.train.worker OUTPUT_DIR [--resume]`; one of several, if the
+environment says so.
 
-Turns how a run ends into what a person reads, an exit code, and the outcome in the record.
+Turns how a run ends into what a person reads, an exit code, and the outcome in the record. Of several processes the
+first one speaks, until one fails: then the first one that does.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
+from memplan.budget.result import Change
 from memplan.cli.main import report_error
 from memplan.errors import MemplanError
+from memplan.store import fingerprint, remember_run, store_path
 from memplan.train import report
 from memplan.train.advice import free_capacity, retry_command, smallest_change
-from memplan.train.launch import FINAL, JOB_FILE, read_job
-from memplan.train.record import RECORD
+from memplan.train.group import is_lost_peer, join
+from memplan.train.kernels import attention_kernel
+from memplan.train.metrics import npt_table
+from memplan.train.output_folder import FINAL, JOB_FILE, different_fields, read_job
+from memplan.train.parallel import is_sharded
+from memplan.train.processes import LOST_PEER, STORE_DESCRIPTOR
+from memplan.train.record import RECORD, Record, read_metrics_lines
+from memplan.train.replan import HIGHEST_TIER
 from memplan.train.report import say
 from memplan.train.run import Interrupted, Run
 from memplan.train.tokens import first_line
@@ -62,32 +75,85 @@ def run_job(
     """
     began = time.perf_counter()
     stop = _Stop()
-    try:
-        job = read_job(folder / JOB_FILE)
-        run = Run(folder, job, resume=resume, dry_run=dry_run, stop_signal=stop.at_step_boundary, hook=hook)
-    except MemplanError as error:
-        report_error(error.message, error.hint)
-        return error.exit_code
+    run: Run | None = None
     out_of_memory: str | None = None
     try:
         with stop:
-            run.execute()
+            job = read_job(folder / JOB_FILE)
+            group = join(needs_group=is_sharded(job))
+            if not group.is_first:
+                _be_quiet()
+            run = Run(
+                folder,
+                job,
+                resume=resume,
+                dry_run=dry_run,
+                stop_signal=stop.at_step_boundary,
+                hook=hook,
+                group=group,
+            )
+            with attention_kernel(job.attention_kernel):
+                run.execute()
     except Interrupted as interrupted:
         return _interrupted(run, interrupted)
     except MemplanError as error:
         return _failed(run, error)
     except Exception as error:
-        out_of_memory = _out_of_memory_words(error)
+        if run is None:
+            raise
+        if run.group.world_size > 1 and is_lost_peer(error):
+            return _left_alone(run, stop.received)
+        out_of_memory = out_of_memory_words(error)
         if out_of_memory is None:
             return _broken(run, error)
     # Outside the except block: inside it the traceback still holds every tensor of the failed step.
     if out_of_memory is not None:
         return _explain_out_of_memory(run, out_of_memory)
-    _finish(run, "completed")
-    if not dry_run:
+    assert run is not None
+    if run.group.is_first:
+        _finish(run, "completed")
+    if run.group.is_first and not dry_run:
+        if run.architecture is not None:
+            key = fingerprint(run.job, run.architecture)
+            remember_run(store_path(os.environ), run.record.fields, key)
         for line in _closing_lines(run, time.perf_counter() - began):
             say(line)
+    run.group.leave()
     return COMPLETED
+
+
+def _be_quiet() -> None:
+    """Of several processes one speaks: what libraries say in the others it has said as well."""
+    report.speak(prefix=None)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def _takes_the_word(run: Run) -> bool:
+    """Whether this process is the one to explain the end of the run; it is heard from now on if it is."""
+    group = run.group
+    run.stop_measuring()
+    if not group.is_first_to_fail():
+        return False
+    report.speak(prefix="" if group.is_first else f"rank {group.rank}: ")
+    return True
+
+
+def _left_alone(run: Run, signum: int | None) -> int:
+    """
+    Another process is gone. If it could, it has said why; where we were started together, the launcher sees how it
+    ended, and says it.
+    """
+    run.stop_measuring()
+    if signum is not None:
+        return _interrupted(run, Interrupted(signum, run.saved_step or 0))
+    if STORE_DESCRIPTOR not in os.environ and _takes_the_word(run):
+        phase, step = run.phase
+        sentence = f"another process of this run ended; rank {run.group.rank} was in {phase} of step {step}"
+        _finish(run, "failed", sentence)
+        report_error(sentence, None)
+        _say_how_to_continue(run)
+    return LOST_PEER
 
 
 class _Stop:
@@ -109,8 +175,13 @@ class _Stop:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
-    def at_step_boundary(self) -> int | None:
+    @property
+    def received(self) -> int | None:
         """The signal that arrived, if one did."""
+        return self._signum
+
+    def at_step_boundary(self) -> int | None:
+        """The signal that arrived, if one did; from the first time this is asked, a signal waits to be asked about."""
         self._training = True
         return self._signum
 
@@ -137,7 +208,13 @@ def _finish(run: Run, outcome: str, error: str | None = None) -> None:
         say(f"note: {unwritten.message}")
 
 
-def _interrupted(run: Run, interrupted: Interrupted) -> int:
+def _interrupted(run: Run | None, interrupted: Interrupted) -> int:
+    code = 128 + interrupted.signum
+    if run is None:
+        return code
+    run.stop_measuring()
+    if not run.group.is_first:
+        return code
     name = signal.Signals(interrupted.signum).name
     sentence = (
         f"interrupted by {name} after step {interrupted.step}"
@@ -147,10 +224,16 @@ def _interrupted(run: Run, interrupted: Interrupted) -> int:
     _finish(run, "interrupted", sentence)
     say(sentence)
     _say_how_to_continue(run)
-    return 128 + interrupted.signum
+    return code
 
 
-def _failed(run: Run, error: MemplanError) -> int:
+def _failed(run: Run | None, error: MemplanError) -> int:
+    if run is None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            report_error(error.message, error.hint)
+        return error.exit_code
+    if not _takes_the_word(run):
+        return error.exit_code
     _finish(run, "failed", error.message)
     report_error(error.message, error.hint)
     _say_how_to_continue(run)
@@ -161,14 +244,17 @@ def _broken(run: Run, error: Exception) -> int:
     """
     A fault that we have no words for: its traceback goes into a file, and onto the screen only if asked for.
     """
+    if not _takes_the_word(run):
+        return INTERNAL_ERROR
     phase, step = run.phase
-    sentence = f"{type(error).__name__} in {phase} of step {step}: {first_line(error)}"
+    where = "" if run.group.is_first else f"rank {run.group.rank}: "
+    sentence = f"{where}{type(error).__name__} in {phase} of step {step}: {first_line(error)}"
     _finish(run, "failed", sentence)
     hint = "`MEMPLAN_DEBUG=1` shows the traceback"
     if os.environ.get("MEMPLAN_DEBUG") == "1":
         traceback.print_exc()
     elif not run.dry_run:
-        path = run.folder / TRACEBACK
+        path = Path(run.job.train.output_dir) / TRACEBACK
         with suppress(OSError):
             path.write_text(traceback.format_exc(), encoding="utf-8")
             hint = f"the traceback is in `{path}`"
@@ -182,7 +268,7 @@ def _say_how_to_continue(run: Run) -> None:
         say(f"\nthe last checkpoint is that of step {run.saved_step}; continue with `{run.resume_command}`")
 
 
-def _out_of_memory_words(error: Exception) -> str | None:
+def out_of_memory_words(error: Exception) -> str | None:
     """What the allocator said, in a few words; None if the error is another one."""
     text = str(error)
     is_named = any(words in text for words in _OUT_OF_MEMORY_TEXTS)
@@ -196,6 +282,8 @@ def _out_of_memory_words(error: Exception) -> str | None:
 
 
 def _explain_out_of_memory(run: Run, detail: str) -> int:
+    if not _takes_the_word(run):
+        return OUT_OF_MEMORY
     phase, step = run.phase
     run.release()
     gc.collect()
@@ -212,12 +300,24 @@ def _explain_out_of_memory(run: Run, detail: str) -> int:
         say("\nhint: no change that leaves the model as it is makes this job fit; train fewer layers")
         _say_how_to_continue(run)
         return OUT_OF_MEMORY
-    command = retry_command(run.folder, run.job, change, has_checkpoint=run.saved_step is not None)
+    if change.tier <= HIGHEST_TIER and not different_fields(run.job, run.job.replace(**change.set)):
+        _propose(run, change)
+    command = retry_command(
+        Path(run.job.train.output_dir), run.job, change, has_checkpoint=run.saved_step is not None
+    )
     slower = f", a step taking {change.slowdown:.2f} times as long" if change.slowdown > 1 else ""
     say(f"\nhint: the smallest change that fits: {change.summary}")
     say(f"      needs {format_bytes(change.need_bytes)}{slower}:")
     say(f"      {command}")
     return OUT_OF_MEMORY
+
+
+def _propose(run: Run, change: Change) -> None:
+    """Leave the change in the record, for a launcher that was asked to go on with it."""
+    record = Record.read(Path(run.job.train.output_dir))
+    if record is not None:
+        with suppress(MemplanError):
+            record.update(replan={"set": change.set, "summary": change.summary})
 
 
 def _closing_lines(run: Run, seconds: float) -> list[str]:
@@ -227,6 +327,8 @@ def _closing_lines(run: Run, seconds: float) -> list[str]:
     since = f" (from step {fields['resumed_from'] + 1})" if fields["resumed_from"] else ""
     lines = [f"completed {steps['last']} steps{since} in {seconds:.0f} s"]
     lines.append(f"loss {loss['first']:.4g} -> {loss['last']:.4g}")
+    table = npt_table(read_metrics_lines(run.folder))
+    lines += ["", *table] if table else []
     lines += ["", *report.comparison_lines(run.plan, run.peaks), ""]
     if longest < limit:
         lines.append(
@@ -236,5 +338,14 @@ def _closing_lines(run: Run, seconds: float) -> list[str]:
     return lines
 
 
+def _leave(code: int) -> NoReturn:
+    """End this process at once if others of its group may be gone: what waits for them would never end by itself."""
+    if code != COMPLETED and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

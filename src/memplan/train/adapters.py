@@ -1,0 +1,153 @@
+"""
+LoRA adapters, made by peft without memory and filled one by one; with them, where tokens were added, the rows of these
+tokens in the embeddings and in a head of its own weight.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.errors import RunError
+from memplan.job.spec import Job
+from memplan.tape.targets import nothing_targeted, refuse_single_blocks
+from memplan.tape.targets import targets as targets_layer
+from memplan.train.skeleton import Skeleton, copy_shard, is_sharded
+from memplan.train.tokens import first_line
+
+ADAPTER = "default"
+
+
+@contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """
+    peft imports bitsandbytes where it finds it, which takes longer than all else; it is of use for 4-bit layers only.
+    """
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        import peft.import_utils as available
+
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
+        for function in (available.is_bnb_available, available.is_bnb_4bit_available):
+            function.cache_clear()
+
+
+def add_adapters(model: Any, job: Job, token_ids: Sequence[int] | None = None) -> Any:
+    """
+    The model with adapters beside its linear layers; everything else is frozen. On the meta device nothing is drawn
+    yet: see `draw_adapters`.
+
+    Args:
+        token_ids: rows of the embeddings that train as well, where the job says so; None: the last ones.
+
+    Raises:
+        JobError: `lora.target_modules` names nothing that the model has, or layers of one block.
+        RunError: peft cannot adapt what it names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    refuse_single_blocks(job)
+
+    lora = job.lora
+    targets = lora.target_modules
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        trainable_token_indices=_trained_rows(model, job, token_ids),
+    )
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=lora.dtype == "float32")
+    except ValueError as error:
+        paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if not any(targets_layer(job, path) for path in paths):
+            raise nothing_targeted(job, paths) from error
+        raise RunError(
+            f"the adapters do not fit the model: {first_line(error)}",
+            hint="name linear layers of the model, or `all-linear`",
+        ) from error
+    dtype = getattr(torch, lora.dtype)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    return adapted
+
+
+def _trained_rows(model: Any, job: Job, token_ids: Sequence[int] | None) -> dict[str, list[int]] | None:
+    """
+    The rows that train, by the name of the module; a tied head follows the embeddings by itself.
+
+    Raises:
+        RunError: the head is none whose rows peft can train.
+    """
+    if not job.trained_tokens:
+        return None
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    num_rows = embeddings.weight.shape[0]
+    rows = list(range(num_rows - job.trained_tokens, num_rows) if token_ids is None else token_ids)
+    if head is None or head.weight is embeddings.weight:
+        return {names[embeddings]: rows}
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise RunError(
+            "the rows of `data.special_tokens` train in a head that is one linear layer without bias, not in 4 bits",
+            hint="keep `lm_head` in `quantization.skip`, or use `--set lora.train_tokens=false`",
+        )
+    return {names[embeddings]: rows, names[head]: rows}
+
+
+def fill_token_rows(model: nn.Module, skeleton: Skeleton, device: torch.device) -> None:
+    """Give the rows that train beside the adapters their values: those of the embeddings that they stand in for."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, TrainableTokensLayer) or layer.tied_adapter is not None:
+            continue
+        rows = skeleton.watched[layer.get_base_layer()]
+        trained = layer.trainable_tokens_delta[ADAPTER]
+        if is_sharded(trained):
+            copy_shard(trained, rows)
+        else:
+            value = rows.to(device, trained.dtype, copy=True)
+            layer.trainable_tokens_delta[ADAPTER] = nn.Parameter(value, requires_grad=True)
+        original = layer.trainable_tokens_original[ADAPTER]
+        layer.trainable_tokens_original[ADAPTER] = rows.to(device, original.dtype, copy=True)
+
+
+def draw_adapters(model: nn.Module, device: torch.device, seed: int) -> None:
+    """
+    Initialise every adapter as peft does, layer by layer, on `device`. A sharded one gets this rank's part of what a
+    single process draws.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    torch.manual_seed(seed)
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        empty = [
+            (part._parameters, name, parameter)
+            for part in layer.modules()
+            for name, parameter in part._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
+        for parameters, name, parameter in empty:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            parameters[name] = nn.Parameter(whole)
+        layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+        for parameters, name, parameter in empty:
+            if is_sharded(parameter):
+                copy_shard(parameter, parameters[name])
+                parameters[name] = parameter

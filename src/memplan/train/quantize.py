@@ -1,0 +1,197 @@
+"""
+The 4-bit base of QLoRA: bitsandbytes' linear layers, packed one by one as their weights arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+
+from memplan.errors import RunError
+from memplan.job.spec import Job
+
+
+class PackedLinear(bitsandbytes.nn.Linear4bit):
+    """
+    A 4-bit linear layer that is made without memory, its weight in the packed shape at once, so that FSDP can shard
+    it before it is loaded.
+
+    Args:
+        linear: the layer that it takes the place of; its bias is kept.
+        quantization_type: `nf4` or `fp4`.
+        compute_dtype: of the product, and of the weight before it is packed.
+        storage_dtype: of the tensor that holds the packed weight.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        quantization_type: str,
+        double_quant: bool,
+        compute_dtype: torch.dtype,
+        storage_dtype: torch.dtype,
+    ) -> None:
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=compute_dtype,
+            compress_statistics=double_quant,
+            quant_type=quantization_type,
+            quant_storage=storage_dtype,
+            device="meta",
+        )
+        self.bias = linear.bias
+        self.weight_dtype = compute_dtype
+        # Kept here: a sharded weight does not say how it was packed.
+        self._packing = {"compress_statistics": double_quant, "quant_type": quantization_type}
+        # Some CPUs have kernels of their own for inference. They repack the weight in eval mode, which changes the
+        # result and destroys a sharded weight.
+        self.support_avx512bf16_for_cpu = False
+        self.is_probed = False
+        """Whether packing remembers what the layer computes then, for `check_sharded`."""
+        self.expected: Tensor | None = None
+        num_values = linear.in_features * linear.out_features
+        rows = -(-num_values // (2 * storage_dtype.itemsize))
+        self.weight = self._parameter(torch.empty((rows, 1), dtype=storage_dtype, device="meta"), None)
+
+    def pack_weight(self, weight: Tensor) -> Tensor:
+        """
+        The packed form of a weight (out, in), on the device that it is on. The layer keeps the constants of its
+        blocks.
+        """
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight, quant_storage=self.quant_storage, **self._packing
+        )
+        self.quant_state = state
+        parameter = self._parameter(packed, state)
+        if self.is_probed:
+            self.expected = self._probe(parameter)
+        return parameter
+
+    def gives_expected(self) -> bool:
+        """Whether the weight as it is now, gathered, computes what it did when it was packed, bit for bit."""
+        assert self.expected is not None
+        return torch.equal(self._probe(self.weight), self.expected)
+
+    def _probe(self, weight: Tensor) -> Tensor:
+        """Output (1, out) of the layer without its bias for a fixed input."""
+        x = torch.linspace(-1, 1, self.in_features, device=weight.device).to(self.compute_dtype)[None]
+        with torch.no_grad():
+            output: Tensor = bitsandbytes.matmul_4bit(x, weight, quant_state=self.quant_state)
+        return output
+
+    def _parameter(self, data: Tensor, state: Any) -> Tensor:
+        parameter: Tensor = bitsandbytes.nn.Params4bit(
+            data,
+            requires_grad=False,
+            quant_state=state,
+            quant_storage=self.quant_storage,
+            module=self,
+            bnb_quantized=True,
+            **self._packing,
+        )
+        return parameter
+
+
+def replace_linears(model: Any, job: Job) -> None:
+    """
+    Put a `PackedLinear` in the place of every linear layer of a model on the meta device, but those that
+    `quantization.skip` names and a head tied to the embeddings.
+
+    Raises:
+        RunError: there is none to replace.
+    """
+    tied = id(model.get_input_embeddings().weight)
+    replaced = 0
+    for name, module in list(model.named_modules()):
+        skipped = any(name == skip or name.endswith(f".{skip}") for skip in job.quantization.skip)
+        if type(module) is not nn.Linear or skipped or id(module.weight) == tied:
+            continue
+        packed = PackedLinear(
+            module,
+            quantization_type=job.quantization.type,
+            double_quant=job.quantization.double_quant,
+            compute_dtype=getattr(torch, job.dtype),
+            storage_dtype=storage_dtype(job),
+        )
+        model.set_submodule(name, packed)
+        replaced += 1
+    if not replaced:
+        raise RunError(
+            f"no layer of `{job.model}` can be stored in 4 bits: it has no plain linear layer that is not skipped",
+            hint="use `--set method=lora`, or check `quantization.skip`",
+        )
+    model.is_loaded_in_4bit = True  # where peft looks
+
+
+def probe_layers(model: nn.Module) -> None:
+    """Let one layer of every distinct shape remember what it computes when it is packed, for `check_sharded`."""
+    first: dict[tuple[int, int], PackedLinear] = {}
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            first.setdefault((module.in_features, module.out_features), module)
+    for layer in first.values():
+        layer.is_probed = True
+
+
+def check_sharded(model: nn.Module) -> None:
+    """
+    Run the probed layers with their weights gathered from all ranks, and compare with what they computed when they were
+    packed. FSDP casts what it takes for numbers before it sends them, which would destroy packed weights without a
+    word.
+
+    Args:
+        model: the root that `fully_shard` was applied to last.
+
+    Raises:
+        RunError: a result is not the same, bit for bit.
+    """
+    for unit, layer in _probed(model, model):
+        unit.unshard()
+        same = layer.gives_expected()
+        unit.reshard()
+        layer.expected = None
+        if not same:
+            raise RunError(
+                f"a 4-bit layer of {layer.out_features} x {layer.in_features} computes something else when its weight "
+                "is sharded: the installed torch changes packed weights on the way",
+                hint="install torch 2.13 or later, or use `--set parallel.strategy=NO_SHARD`",
+            )
+
+
+def _probed(module: nn.Module, unit: Any) -> Iterator[tuple[Any, PackedLinear]]:
+    """Probed layers inside a module, and the unit that gathers each."""
+    from torch.distributed.fsdp import FSDPModule
+
+    unit = module if isinstance(module, FSDPModule) else unit
+    if isinstance(module, PackedLinear) and module.expected is not None:
+        yield unit, module
+    for child in module.children():
+        yield from _probed(child, unit)
+
+
+def storage_dtype(job: Job) -> torch.dtype:
+    """
+    dtype of the tensors that hold packed weights: bytes, where FSDP leaves bytes alone (torch 2.13); before that the
+    dtype that FSDP casts parameters to, so that it has nothing to cast.
+    """
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return torch.uint8 if (major, minor) >= (2, 13) else getattr(torch, job.autocast or job.dtype)
+
+
+def prepare_kbit(model: nn.Module) -> None:
+    """
+    What peft's prepare_model_for_kbit_training does to the weights: every frozen 16-bit one becomes float32, one by
+    one.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            if isinstance(parameter, bitsandbytes.nn.Params4bit):
+                continue
+            parameter.data = parameter.data.to(torch.float32)
