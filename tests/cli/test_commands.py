@@ -55,6 +55,17 @@ def test_every_result_satisfies_the_schema(arguments):
     assert list(schema["properties"]) == list(found)
 
 
+def test_gemma_2_is_planned_with_an_attention_that_it_has():
+    """sdpa cannot cap scores: the default gives way and says so, sdpa by name is refused."""
+    gemma = ("--model", "gemma-2-2b", "--method", "lora", "--max-seq-len", "64")
+    found = result("estimate", *gemma)
+    refused = run("estimate", *gemma, "--attention", "sdpa")
+
+    assert "eager" == found["job"]["attention"]
+    assert any("attention: eager" in warning for warning in found["warnings"])
+    assert (2, True) == (refused.code, "attention=eager" in refused.stderr)
+
+
 def test_the_schema_can_refuse():
     """Meta-test: a schema that takes anything would make the test above pass for ever."""
     found = result("estimate", *SMALL)

@@ -27,7 +27,6 @@ BAD_INPUT = [
     (("estimate", "job.yaml", "--format", "xml"), 2, "`--format` cannot be `xml`"),
     (("estimate", "job.yaml", "--format"), 2, "requires an argument"),
     (("estimate", "job.yaml", "--format", ""), 2, "`--format` cannot be"),
-    (("estimate", "job.yaml", "--engine", "trace"), 3, "`--engine trace` is not available"),
     (("estimate", "job.yaml", "--engine", "guess"), 2, "`--engine` cannot be `guess`"),
     (("estimate", "job.yaml", "--strict", "yes"), 2, "unexpected extra argument"),
     (("estimate", "job.yaml", "--set"), 2, "requires an argument"),
@@ -55,6 +54,33 @@ BAD_INPUT = [
     (("estimate", "job.yaml", "--gpu", "0GiB"), 2, "0GiB"),
     (("estimate", "job.yaml", "--gpu", "2x24GB"), 2, "several GPUs"),
     (("estimate", "job.yaml", "--gpu", "live"), 3, "NVIDIA driver"),
+    (("estimate", "job.yaml", "--set", "lora.target_modules=[c_atn]"), 2, "did you mean `c_attn`?"),
+    (
+        ("estimate", "job.yaml", "--set", "lora.target_modules=[zzz]"),
+        2,
+        "has `c_attn`, `c_proj`, `c_fc` and `lm_head`",
+    ),
+    (("estimate", "job.yaml", "--set", "lora.target_modules=[h.0.attn.c_attn]"), 2, "a layer of one block"),
+    (("estimate", "job.yaml", "--set", "lora.target_modules=[c_attn,wte]"), 2, "adapters on embeddings"),
+    (
+        ("fit", "job.yaml", "--gpu", "24GiB", "--set", "lora.target_modules=[c_atn]"),
+        2,
+        "did you mean `c_attn`?",
+    ),
+    (("preflight", "job.yaml", "--set", "lora.target_modules=[c_atn]"), 2, "did you mean `c_attn`?"),
+    (("estimate", "job.yaml", "--set", "method=npt", "--set", "npt.layers=[12]"), 2, "has blocks 0 to 11"),
+    (
+        ("estimate", "job.yaml", "--set", "loss=chunked", "--set", "lora.target_modules=[lm_head]"),
+        2,
+        "output head",
+    ),
+    (
+        ("estimate", "job.yaml", "--model", "bert-base-uncased", "--set", "loss=chunked"),
+        2,
+        "bias and a transform",
+    ),
+    (("estimate", "job.yaml", "--model", "bert-base-uncased", "--set", "packing=true"), 2, "is an encoder"),
+    (("train", "job.yaml", "--model", "bert-base-uncased"), 2, "trains causal language models"),
     (("fit", "job.yaml"), 2, "`fit` needs a GPU"),
     (("fit", "job.yaml", "--gpu", "live"), 3, "NVIDIA driver"),
     (("fit", "job.yaml", "--gpu", "24GiB", "--maximize", "rank"), 2, "`--maximize` cannot be `rank`"),
@@ -196,7 +222,7 @@ def test_a_fault_of_ours_is_admitted_without_a_traceback(monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("memplan.budget.estimate.estimate", broken)
+    monkeypatch.setattr("memplan.cli.planning.estimate_written", broken)
     outcome = run("estimate", "job.yaml")
 
     assert 70 == outcome.code

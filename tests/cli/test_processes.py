@@ -46,6 +46,7 @@ def modules_loaded_by(statements):
         ["estimate", JOB, "--format", "markdown"],
         ["fit", JOB, "--gpu", "24GB"],
         ["preflight", JOB, "--gpu", "24GB"],
+        ["diff", JOB, JOB],
         ["env", JOB],
         ["jobs"],
         ["--version"],
@@ -60,6 +61,16 @@ def test_planning_imports_nothing_heavy(arguments):
 
     assert "memplan.cli.app" in loaded
     assert set() == HEAVY & loaded
+
+
+def test_an_estimate_imports_no_more_than_it_uses():
+    """It reads no GPU, no recording and no list of installed packages; each would cost a part of its 0.3 s."""
+    arguments = ["estimate", JOB, "--gpu", "24GB"]
+    loaded = modules_loaded_by(f"from memplan.cli import main\ncode = main({arguments!r})")
+    rooms = {"memplan.gpu.probe", "memplan.gpu.nvml", "memplan.snapshot.read", "memplan.tracing.writer"}
+
+    assert set() == loaded & (rooms | {"importlib.metadata", "pygments", "asyncio", "email", "unittest"})
+    assert {"memplan.gpu", "memplan.snapshot"} <= loaded
 
 
 def test_counting_truncated_samples_imports_nothing_heavy(tmp_path):

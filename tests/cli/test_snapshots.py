@@ -78,7 +78,6 @@ CASES = {
     "help-fit": "fit --help",
     "error-flag": "estimate job.yaml --max-seq-length 2048",
     "error-field": "estimate job.yaml --set micro_batch=2",
-    "error-engine": "estimate job.yaml --engine trace",
 }
 FULL_DISK = {"preflight-full-disk", "preflight-full-disk-github"}
 WORDED_BY_TYPER = ("help", "help-fit", "error-flag")
@@ -111,11 +110,12 @@ def stage(quiet_place, monkeypatch):
         return Frontier(field, 4480, 23 * GiB, capacity.usable_bytes - 23 * GiB, "capacity")
 
     monkeypatch.setattr("memplan.budget.estimate.estimate", estimate)
+    monkeypatch.setattr("memplan.cli.planning.estimate_written", lambda *given: (None, estimate(*given)))
     monkeypatch.setattr("memplan.fit.smallest_changes", smallest_changes)
     monkeypatch.setattr("memplan.fit.maximize", maximize)
-    monkeypatch.setattr("memplan.train.data.count_truncated", lambda loaded, length: (2, 1))
+    monkeypatch.setattr("memplan.train.truncation.count_truncated", lambda loaded, length: (2, 1))
     launch = import_module("memplan.train.launch")
-    monkeypatch.setattr(launch, "check_trainable", lambda loaded: None)
+    monkeypatch.setattr("memplan.train.refusals.check_trainable", lambda loaded: None)
     monkeypatch.setattr(launch, "launch", lambda loaded, **_: 0)
     monkeypatch.setattr("memplan.preflight.environment.installed_torch_version", lambda: "2.13.0")
     monkeypatch.setattr("memplan.preflight.environment.current_platform", lambda: "linux")

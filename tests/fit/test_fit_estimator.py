@@ -7,7 +7,7 @@ import random
 import pytest
 from toy_estimator import JOB, QWEN_7B, card
 
-from memplan.budget.estimate import need_bytes, quick_need_bytes
+from memplan.budget.estimate import estimate, need_bytes, quick_need_bytes, with_known_need
 from memplan.fit import candidate_edits, maximize, smallest_changes
 from memplan.fit.lattice import edits_of
 from memplan.fit.search import Estimate
@@ -122,3 +122,13 @@ def test_longest_sequence_of_a_real_job():
     assert frontier.need_bytes == need_bytes(JOB.replace(max_seq_len=frontier.value), QWEN_7B)
     assert frontier.need_bytes <= RTX_4090_USABLE
     assert need_bytes(JOB.replace(max_seq_len=frontier.value + 64), QWEN_7B) > RTX_4090_USABLE
+
+
+@pytest.mark.parametrize("other", ["qlora", "full, four replicas"])
+def test_a_known_need_is_judged_as_an_estimate_is(other):
+    """`fit` judges the job that it found by the need that its search computed."""
+    job = JOBS[other]
+    known = with_known_need(estimate(JOB, QWEN_7B), job, need_bytes(job, QWEN_7B))
+    anew = estimate(job, QWEN_7B)
+
+    assert (anew.need_bytes, anew.error_band, anew.job) == (known.need_bytes, known.error_band, known.job)

@@ -28,6 +28,7 @@ QWEN_7B = Architecture(
 
 JOB = Job(
     model="qwen2.5-7b",
+    loss="full",
     micro_batch_size=2,
     gradient_accumulation_steps=8,
     max_seq_len=2048,
@@ -98,7 +99,7 @@ class ToyEstimator:
             "full": tokens * 152064 * (8 if job.loop == "memplan" else 12),
             "chunked": 1024 * 152064 * 8 + block_input,
             "fused": 128 * 152064 * 8 + block_input,
-        }[job.loss]
+        }[job.loss_form()]
         held = gradients if job.gradient_accumulation_steps > 1 else 0
         recomputed = 0 if level == "none" else block
         temporaries = gradients * 2 if job.optimizer_kernel == "foreach" else 0

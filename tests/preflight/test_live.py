@@ -294,11 +294,12 @@ def test_old_checkpoints_are_deleted(max_steps, save_every, count, tmp_path):
     assert count * found.checkpoint_bytes + found.final_bytes == found.needed_bytes
 
 
-def test_the_trainer_keeps_as_many():
-    """The number is the trainer's, repeated here so that a preflight does not load the trainer."""
-    checkpoint = pytest.importorskip("memplan.train.checkpoint")
+def test_the_best_checkpoint_takes_room_too(tmp_path):
+    """As many as the job keeps, one more of the best evaluation, and the one being written."""
+    job = make_result().job.replace(**{"train.max_steps": 1000, "train.keep_checkpoints": 1})
 
-    assert checkpoint.KEEP == disk.KEPT_CHECKPOINTS
+    assert check_disk(job, make_result(), tmp_path).num_checkpoints == 2
+    assert check_disk(job.replace(**{"data.eval": "x"}), make_result(), tmp_path).num_checkpoints == 3
 
 
 def test_the_disk_is_that_of_the_nearest_folder_that_exists(tmp_path):

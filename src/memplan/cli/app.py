@@ -13,8 +13,12 @@ from memplan.cli.options import Command, Group
 COMMANDS = {
     "estimate": "memplan.cli.estimate",
     "fit": "memplan.cli.fit",
+    "diff": "memplan.cli.diff",
     "preflight": "memplan.cli.preflight",
     "train": "memplan.cli.train",
+    "watch": "memplan.cli.watch",
+    "merge": "memplan.cli.merge",
+    "record": "memplan.cli.record",
     "env": "memplan.cli.environment",
     "models": "memplan.cli.lists",
     "gpus": "memplan.cli.lists",

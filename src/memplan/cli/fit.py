@@ -22,6 +22,7 @@ from memplan.errors import JobError, RunError
 if TYPE_CHECKING:
     from memplan.job.load import LoadedJob
     from memplan.job.spec import Job
+    from memplan.model.architecture import Architecture
 
 FRONTIERS = ("max_seq_len", "micro_batch_size")
 
@@ -55,7 +56,7 @@ def fit(
     Nothing is applied unless --write says where to. Exit code: 0 it fits as it is or with a change, 1 nothing
     fits.
     """
-    from memplan.budget.estimate import estimate
+    from memplan.budget.estimate import with_known_need
     from memplan.cli.output import write_report
     from memplan.cli.planning import against, job_path, job_words, plan, read_job
     from memplan.gpu import resolve_capacity
@@ -73,12 +74,15 @@ def fit(
             "`fit` needs a GPU to fit", hint="add `--gpu 24GB`, a name from `memplan gpus`, or `--gpu live`"
         )
     capacity = resolve_capacity(loaded.job.gpu)
-    architecture, result = plan(loaded)
-    result = against(result, capacity)
+    planned = plan(loaded, "shape")
+    architecture = planned.architecture
+    assert architecture is not None  # else `plan` has said so
+    result = against(planned.result, capacity)
     room = less_margin(capacity, loaded.job.margin)
     report = Report(
         result, "fit", job_words(job, overrides, flags), job_path(loaded), allow_capacity=allow is not None
     )
+    changes: tuple[Change, ...] = ()
     if field is not None:
         from memplan.fit import maximize
 
@@ -102,9 +106,12 @@ def fit(
     sets = [edits] if field is not None else [change.set for change in report.result.changes or ()]
     if loaded.job.loop != "memplan":
         sets = sets[:1]  # the same for all of them
-    report = replace(report, not_trained=tuple(why_not_trained(loaded.job.replace(**each)) for each in sets))
+    report = replace(
+        report, not_trained=tuple(why_not_trained(loaded.job.replace(**each), architecture) for each in sets)
+    )
     if edits:
-        changed = estimate(loaded.job.replace(**edits), architecture)
+        need_bytes = report.frontier.need_bytes if report.frontier is not None else changes[0].need_bytes
+        changed = with_known_need(result, loaded.job.replace(**edits), need_bytes)
         report = replace(report, verdict_with=judge(changed, capacity, loaded.job.margin))
     write_report(report, output_format)
     if write is not None and found:
@@ -112,12 +119,14 @@ def fit(
     return 0 if found else 1
 
 
-def why_not_trained(job: Job) -> str | None:
+def why_not_trained(job: Job, architecture: Architecture) -> str | None:
     """What `memplan train` would refuse this job with; None where it runs it."""
-    from memplan.train.launch import refuse_untrainable
+    from memplan.train.refusals import refuse_untrainable
 
     if job.loop != "memplan":
         return f"the job is planned for another loop (`loop: {job.loop}`)"
+    if architecture.is_encoder:
+        return f"`{job.model}` is an encoder, and causal language models are trained"
     try:
         refuse_untrainable(job)
     except RunError as error:
@@ -133,7 +142,7 @@ def truncations(loaded: LoadedJob, changes: Sequence[Change]) -> dict[int, tuple
     lengths = {change.set["max_seq_len"] for change in changes if "max_seq_len" in change.set}
     if not lengths or loaded.job.data.train is None:
         return {}
-    from memplan.train.data import count_truncated
+    from memplan.train.truncation import count_truncated
 
     counted = {}
     for length in lengths:

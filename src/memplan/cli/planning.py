@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from memplan.budget.estimate import estimate_written
 from memplan.budget.result import Capacity, Result
+from memplan.errors import MemplanError, UnknownModel
+from memplan.model import resolve_config, resolve_model
 from memplan.model.architecture import Architecture
+from memplan.tape.tape import WrittenTape
+from memplan.tracing.compiler import without_compiler
+from memplan.tracing.estimate import estimate_traced, missing_software
 
 if TYPE_CHECKING:
     from memplan.job.load import LoadedJob
@@ -16,35 +22,87 @@ EXIT_CODES = {"fits": 0, "tight": 0, "does_not_fit": 1, "unknown": 3}
 
 
 def read_job(source: str | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]) -> LoadedJob:
-    """The job of a file or a name, with `--set` and the flags applied."""
+    """
+    The job of a file or a name, with `--set` and the flags applied, and with an attention that the model can do
+    where none is named.
+    """
     from memplan.job.load import load_job
 
-    return load_job(source, list(overrides or ()), flags=dict(flags))
+    loaded = load_job(source, list(overrides or ()), flags=dict(flags))
+    if loaded.origins["attention"] == "memplan default" and _softcaps_attention(loaded):
+        note = "`attention: eager`, as the model caps its scores and sdpa cannot"
+        job = loaded.job.replace(attention="eager")
+        return replace(loaded, job=job, notes=(*loaded.notes, note))
+    return loaded
 
 
-def plan(loaded: LoadedJob) -> tuple[Architecture, Result]:
-    """The architecture and the result of a job, without a capacity; a pure function of the job."""
-    from memplan.budget.estimate import estimate
-    from memplan.model import resolve_model
+def _softcaps_attention(loaded: LoadedJob) -> bool:
+    """False as well where the model cannot be found: whoever needs it will say so."""
+    try:
+        architecture = resolve_model(loaded.job.model, base_dir=loaded.base_dir)
+    except MemplanError:
+        return False
+    return architecture.attn_logit_softcapping is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned job."""
+
+    architecture: Architecture | None
+    """None where only the trace writer could plan the model."""
+    written: WrittenTape
+    result: Result
+
+
+def plan(loaded: LoadedJob, engine: str = "auto") -> Plan:
+    """
+    The tape and the result of a job, without a capacity.
+
+    Args:
+        engine: `shape`, `trace`, or `auto`: shape, and trace for architectures that it has no program for.
+
+    Raises:
+        UnknownModel: no engine at hand can plan the architecture.
+        TraceError: the trace failed.
+    """
     from memplan.preflight.lints import Subject, lint
 
-    architecture = resolve_model(loaded.job.model, base_dir=loaded.base_dir)
-    result = estimate(loaded.job, architecture)
-    findings = lint(Subject(loaded.job, architecture))
-    return architecture, replace(
-        result,
-        origins=dict(loaded.origins),
-        warnings=(*loaded.notes, *result.warnings, *map(str, findings)),
-    )
+    job = loaded.job
+    architecture, unknown = None, None
+    try:
+        architecture = resolve_model(job.model, base_dir=loaded.base_dir)
+    except UnknownModel as error:
+        unknown = error
+    if unknown is not None and (engine == "shape" or (engine == "auto" and missing_software())):
+        raise UnknownModel(
+            unknown.message,
+            hint='pip install "memplan[train]": with torch, transformers and peft memplan traces the real model',
+        )
+    written: WrittenTape
+    if architecture is None or engine == "trace":
+        config = resolve_config(job.model, base_dir=loaded.base_dir).config
+        with without_compiler():
+            written, result = estimate_traced(job, config)
+    else:
+        written, result = estimate_written(job, architecture)
+    findings = lint(Subject(job, architecture))
+    warnings = (*loaded.notes, *result.warnings, *map(str, findings))
+    return Plan(architecture, written, replace(result, origins=dict(loaded.origins), warnings=warnings))
 
 
-def against(result: Result, capacity: Capacity | None) -> Result:
-    """The result with its verdict on a capacity; unchanged without one."""
+def against(result: Result, capacity: Capacity | None, margin: str | None = None) -> Result:
+    """
+    The result with its verdict on a capacity; unchanged without one. `margin` is that of a recording, which knows no
+    job.
+    """
     from memplan.preflight.verdict import judge
 
     if capacity is None:
         return result
-    return replace(result, capacity=capacity, verdict=judge(result, capacity, result.job.margin))
+    if result.job is not None:
+        margin = result.job.margin
+    return replace(result, capacity=capacity, verdict=judge(result, capacity, margin))
 
 
 def exit_code(result: Result, *, strict: bool = False) -> int:

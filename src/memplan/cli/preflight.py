@@ -46,8 +46,8 @@ def preflight(
     check_choice("--format", output_format, REPORT_FORMATS)
     seconds = parse_seconds(wait)
     loaded = read_job(job, overrides, flags)
-    architecture, result = plan(loaded)
-    found = run_preflight(loaded, architecture, result, wait_seconds=seconds, on_wait=note)
+    planned = plan(loaded)
+    found = run_preflight(loaded, planned.architecture, planned.result, wait_seconds=seconds, on_wait=note)
     report = Report(
         found.result, "preflight", job_words(job, overrides, flags), job_path(loaded), preflight=found
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memplan.cli.options import JobArgument, Overrides, with_job_flags
+from memplan.cli.options import JobArgument, Overrides, check_choice, with_job_flags
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Start even if the preflight says that it does not fit")
     ] = False,
+    on_oom: Annotated[
+        str,
+        typer.Option(
+            "--on-oom",
+            metavar="stop|replan",
+            help="Out of memory: explain and stop, or go on with the smallest change that learns the same",
+        ),
+    ] = "stop",
     *,
     flags: dict[str, Any],
 ) -> int:
@@ -39,12 +47,14 @@ def train(
     from memplan.cli.planning import job_path, job_words, plan, read_job
     from memplan.preflight.run import run_preflight
     from memplan.render.report import Report
-    from memplan.train.launch import check_trainable, launch
+    from memplan.train.launch import launch
+    from memplan.train.refusals import check_trainable
 
+    check_choice("--on-oom", on_oom, ("stop", "replan"))
     loaded = read_job(job, overrides, flags)
     check_trainable(loaded)
-    architecture, result = plan(loaded)
-    found = run_preflight(loaded, architecture, result)
+    planned = plan(loaded)
+    found = run_preflight(loaded, planned.architecture, planned.result)
     if found.live.gpu is None:
         note(f"live check: skipped ({found.live.skipped}); without a GPU, training runs on the CPU")
     else:
@@ -55,7 +65,7 @@ def train(
     if problem is not None and not force:
         report_error(f"not started: {problem}", "`--force` starts it all the same")
         return 1
-    return launch(loaded, resume=resume, dry_run=dry_run)
+    return launch(loaded, resume=resume, dry_run=dry_run, replans=on_oom == "replan")
 
 
 def obstacle(found: Preflight) -> str | None:

@@ -84,7 +84,9 @@ def attention(job: Job, architecture: Architecture) -> Dimension | None:
     (length x length), which is less from lengths of head_dim on; that is stated where the shortest length
     offered is twice as long.
     """
-    if job.attention != "eager":
+    if job.attention != "eager" or architecture.attn_logit_softcapping is not None:
+        return None
+    if job.attention_kernel != "auto":  # which may not take the job's calls
         return None
     summary = "sdpa attention: the scores of all pairs of tokens are never held"
     is_ordered = job.max_seq_len * SEQUENCE_FRACTIONS[-1] >= 2 * architecture.head_dim
@@ -99,7 +101,7 @@ def loss(job: Job) -> Dimension | None:
     Both hold less than all logits, and where the head trains also its gradient from forward to backward, so
     with a frozen head only they are stated to need no more.
     """
-    if job.loss != "full" or job.method == "npt":
+    if job.loss_form() != "full" or job.method == "npt":
         return None
     summary = "chunked loss: the logits of all tokens are never held at once"
     chunked = Edit("chunked loss", {"loss": "chunked"}, summary)
@@ -110,7 +112,8 @@ def loss(job: Job) -> Dimension | None:
         flag = " and `use_liger_kernel: true`"
     summary = f"fused loss: the logits are never held (takes the package liger-kernel{flag})"
     fused = Edit("fused loss", {"loss": "fused"}, summary, slowdown=costs.LIGER_LOSS_SLOWDOWN)
-    frozen_head = [(edit.name, AS_IS.name) for edit in (chunked, fused) if job.method != "full"]
+    is_frozen = job.method != "full" and not job.trained_tokens
+    frozen_head = [(edit.name, AS_IS.name) for edit in (chunked, fused) if is_frozen]
     return dimension("loss", [fused] if job.loop == "script" else [chunked, fused], no_more_than=frozen_head)
 
 
@@ -130,7 +133,7 @@ def base_weights(job: Job) -> Dimension | None:
     which cost more than they save when the weights are on the host anyway.
     """
     edits = []
-    if job.dtype == "float32" and job.method != "qlora":
+    if job.dtype == "float32" and not job.has_4bit_base:
         settings: dict[str, Any] = {"dtype": "bfloat16"}
         if job.autocast is not None:
             settings["autocast"] = None
@@ -143,7 +146,10 @@ def base_weights(job: Job) -> Dimension | None:
     if job.method == "lora":
         summary = f"4-bit base ({job.quantization.type}): lora becomes qlora"
         edits.append(Edit("4-bit base", {"method": "qlora"}, summary, 2, costs.FOUR_BIT_SLOWDOWN))
-    if job.method == "qlora" and not job.quantization.double_quant:
+    if job.method == "npt" and not job.npt.quantized_base:
+        summary = f"4-bit base ({job.quantization.type})"
+        edits.append(Edit("4-bit base", {"npt.quantized_base": True}, summary, 2, costs.FOUR_BIT_SLOWDOWN))
+    if job.has_4bit_base and not job.quantization.double_quant:
         summary = "quantise the quantisation constants too"
         settings = {"quantization.double_quant": True}
         edits.append(Edit("double quantisation", settings, summary, 2, costs.DOUBLE_QUANTISATION_SLOWDOWN))

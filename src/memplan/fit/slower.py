@@ -128,6 +128,8 @@ def _sharding(job: Job) -> list[Edit]:
     parallel = job.parallel
     if job.offload.params or "8bit" in job.optimizer or "paged" in job.optimizer:
         return []
+    if job.method == "npt" and job.npt.objective == "end_to_end":
+        return []
     num_gpus = parallel.dp_shard * parallel.dp_replicate
     host = "parameters, gradients and the optimizer step on the host"
     if parallel.strategy.startswith("ZERO_"):

@@ -1,10 +1,20 @@
-"""Capacity: the GPU catalogue, live readings of this machine, and the size of a CUDA context."""
+"""
+Capacity: the GPU catalogue, live readings of this machine, and the size of a CUDA context.
+
+What reads live GPUs is imported with the first use of a name below: an estimate reads none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from memplan.gpu.capacity import live_capacity, resolve_capacity, usable_bytes
 from memplan.gpu.catalogue import GpuProfile, find_gpu, list_gpus, match_gpu
 from memplan.gpu.context import context_bytes
-from memplan.gpu.probe import Device, GpuFailure, GpuProcess, GpuReading, Probe
-from memplan.gpu.visible import visible_devices
+
+if TYPE_CHECKING:
+    from memplan.gpu.probe import Device, GpuFailure, GpuProcess, GpuReading, Probe
+    from memplan.gpu.visible import visible_devices
 
 __all__ = [
     "Device",
@@ -22,3 +32,12 @@ __all__ = [
     "usable_bytes",
     "visible_devices",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module `memplan.gpu` has no attribute `{name}`")
+    from importlib import import_module
+
+    module = "visible" if name == "visible_devices" else "probe"
+    return getattr(import_module(f"memplan.gpu.{module}"), name)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from memplan.budget.result import Capacity
 from memplan.errors import GpuError, NoLiveGpu
 from memplan.gpu.catalogue import GpuProfile, find_gpu, list_gpus
-from memplan.gpu.probe import Device, GpuFailure, GpuReading, Probe
-from memplan.gpu.visible import match_uuid, visible_devices
 from memplan.units import MiB, format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from memplan.gpu.probe import Device, GpuReading, Probe
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", re.IGNORECASE)
 _COUNT = re.compile(r"\d+\s*[x×*]\s*\S", re.IGNORECASE)
@@ -53,6 +55,8 @@ def live_capacity(
 
     `usable_bytes` is the memory free now and what this process already holds; a minute later it may be less.
     """
+    from memplan.gpu.probe import GpuFailure
+
     if probe is None:
         from memplan.gpu.nvml import NvmlProbe
 
@@ -129,6 +133,8 @@ def _exact(text: str) -> Capacity:
 
 def _choose(which: str, devices: tuple[Device, ...], environ: Mapping[str, str]) -> tuple[Device, str]:
     """The device that `which` names, and a caution about the choice."""
+    from memplan.gpu.visible import match_uuid, visible_devices
+
     live = _LIVE.fullmatch(which.strip())
     if live is None:
         device = match_uuid(devices, which.strip())

@@ -10,8 +10,6 @@ from pathlib import Path
 from memplan.budget.result import Result
 from memplan.job.spec import DTYPE_BYTES, Job
 
-KEPT_CHECKPOINTS = 3
-"""How many the trainer keeps; the one being written comes on top."""
 _STATE_BYTES: dict[str, Callable[[int], float]] = {
     "adamw": lambda itemsize: 2 * itemsize,
     "paged_adamw": lambda itemsize: 2 * itemsize,
@@ -38,7 +36,7 @@ class DiskCheck:
     final_bytes: int
     """The trained weights alone."""
     num_checkpoints: int
-    """Most that there are at once: those that are kept and the one being written."""
+    """Most that there are at once: those that are kept, the best one, and the one being written."""
 
     @property
     def needed_bytes(self) -> int:
@@ -57,15 +55,19 @@ def check_disk(job: Job, result: Result, base_dir: Path) -> DiskCheck:
     while not path.exists():
         path = path.parent
     itemsize = trained_itemsize(job)
+    assert result.parameters is not None, "recordings are not preflighted"
     trainable = result.parameters.trainable
     final_bytes = trainable * itemsize
-    num_saves = -(-job.train.max_steps // job.train.save_every)
+    most = job.train.keep_checkpoints + 1
+    # How many steps a number of epochs makes is known when the data has been read: at worst enough.
+    num_saves = most if job.train.epochs is not None else -(-job.train.max_steps // job.train.save_every)
+    has_best = job.data.eval is not None and job.train.keep_best
     return DiskCheck(
         path=str(path),
         free_bytes=shutil.disk_usage(path).free,
         checkpoint_bytes=final_bytes + int(trainable * _STATE_BYTES[job.optimizer](itemsize)),
         final_bytes=final_bytes,
-        num_checkpoints=min(num_saves, KEPT_CHECKPOINTS + 1),
+        num_checkpoints=min(num_saves, most) + has_best,
     )
 
 

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from memplan.job.spec import Job
+from memplan.job.spec import AllocatorSettings, Job
 
 CUDA_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 HIP_VARIABLE = "PYTORCH_HIP_ALLOC_CONF"
@@ -77,7 +77,11 @@ def allocator_string(job: Job, platform: str = "linux") -> str:
     >>> allocator_string(Job(model="gpt2"))
     'expandable_segments:True'
     """
-    settings = job.allocator
+    return settings_string(job.allocator, platform)
+
+
+def settings_string(settings: AllocatorSettings, platform: str = "linux") -> str:
+    """As `allocator_string`, of the settings alone."""
     parts = []
     if settings.expandable_segments and platform not in ("win32", "wsl"):
         parts.append("expandable_segments:True")

@@ -169,6 +169,8 @@ def _attention(subject: Subject) -> Iterator[Lint]:
         # transformers' eager_attention_forward takes the softmax in float32.
         num_bytes = job.micro_batch_size * architecture.num_attention_heads * job.max_seq_len**2 * 4
         size = f", {format_bytes(num_bytes)} for one softmax in one block"
+        if architecture.attn_logit_softcapping is not None:
+            return  # the model's attention has no other implementation that trains without the flash-attn package
     yield Lint(
         "eager-attention",
         f"eager attention holds scores of {job.max_seq_len} x {job.max_seq_len} for every head{size}",
@@ -233,7 +235,7 @@ def _optimizer(subject: Subject) -> Iterator[Lint]:
 
 def _loop(subject: Subject) -> Iterator[Lint]:
     job, architecture = subject.job, subject.architecture
-    if job.loop != "script" or job.loss != "full":
+    if job.loop != "script" or job.loss_form() != "full":
         return
     size = ""
     if architecture is not None:
@@ -254,7 +256,7 @@ def _length(subject: Subject) -> Iterator[Lint]:
     longest = architecture.max_position_embeddings
     effect = (
         "positions beyond fail, as they are looked up in a table"
-        if architecture.family == "gpt2"
+        if architecture.family in ("gpt2", "bert")
         else "positions beyond were never trained"
     )
     yield Lint(

@@ -58,7 +58,7 @@ class Preflight:
 
 def run_preflight(
     loaded: LoadedJob,
-    architecture: Architecture,
+    architecture: Architecture | None,
     result: Result,
     *,
     wait_seconds: float = 0.0,

@@ -13,7 +13,8 @@ def judge(result: Result, capacity: Capacity | None, margin: str | None = None) 
     """
     Whether the job of `result` fits on `capacity`.
 
-    The need is a range: the error band, or from the need to the need plus `margin` where one is given. `fits`
+    The need is a range: the error band (of a recording, which has none, the need alone), or from the need to the need
+    plus `margin` where one is given. `fits`
     when all of it is within the usable bytes, `does_not_fit` when none of it is, `tight` in between. Without
     a capacity the verdict is `unknown`. The headroom is always usable less need, and negative where the need
     itself is too large.
@@ -91,6 +92,8 @@ def less_margin(capacity: Capacity, margin: str | None) -> Capacity:
 
 
 def _range(result: Result, margin: str | None) -> tuple[int, int]:
-    if margin is None:
-        return result.error_band.low_bytes, result.error_band.high_bytes
-    return result.need_bytes, result.need_bytes + margin_bytes(margin, result.need_bytes)
+    if margin is not None:
+        return result.need_bytes, result.need_bytes + margin_bytes(margin, result.need_bytes)
+    if result.error_band is None:
+        return result.need_bytes, result.need_bytes
+    return result.error_band.low_bytes, result.error_band.high_bytes

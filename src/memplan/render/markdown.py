@@ -17,36 +17,36 @@ from memplan.render.words import (
     is_lint,
     peak_moment,
     set_flags,
+    subject,
     tensor_phrase,
     tier_words,
     worst_phases,
 )
 from memplan.units import format_bytes
 
-_MARKS = {"fits": "✅", "tight": "⚠️", "does_not_fit": "❌", "unknown": "❔"}
+MARKS = {"fits": "✅", "tight": "⚠️", "does_not_fit": "❌", "unknown": "❔"}
 
 
 def report_markdown(report: Report) -> str:
     """The whole report; every number of the text screen but the timeline."""
     result = report.result
     state, sentence = headline(result)
-    mark = f"{_MARKS[result.verdict.state]} " if result.verdict else ""
-    model = _code(result.job.model)
+    mark = f"{MARKS[result.verdict.state]} " if result.verdict else ""
     parts = [
         f"### memplan {report.command}: {mark}{state}",
-        f"{model}: {sentence}",
-        f"Peak {peak_moment(result.peak)} at {_code(result.peak.where)}, {band(result)}",
+        f"{code(subject(result))}: {sentence}",
+        f"Peak {peak_moment(result.peak)} at {code(result.peak.where)}, {band(result)}",
     ]
     if result.changes is not None:
         parts.append(_changes(report))
     if report.frontier is not None and report.frontier.value is not None:
         frontier = report.frontier
-        parts.append(f"Largest {_code(frontier.field)} that fits: **{frontier.value}**")
+        parts.append(f"Largest {code(frontier.field)} that fits: **{frontier.value}**")
     if report.preflight is not None:
         from memplan.render.preflight_text import check_lines
 
         parts.append("\n".join(f"* **{label}**: {_inline(text)}" for label, text in check_lines(report)))
-    parts.append(_folded("Where the bytes are", [_phases(result), _totals(result), _top(result)]))
+    parts.append(folded("Where the bytes are", [_phases(result), _totals(result), _top(result)]))
     if result.warnings:
         marks = ["⚠️ " if is_lint(message) else "" for message in result.warnings]
         parts.append("\n".join(f"* {mark}{_inline(text)}" for mark, text in zip(marks, result.warnings)))
@@ -76,7 +76,7 @@ def _changes(report: Report) -> str:
                 gib(change.headroom_bytes),
                 f"x {change.slowdown:.2f}",
                 costs,
-                _code(set_flags(change.set)),
+                code(set_flags(change.set)),
             ]
         )
     header = ("change, smallest first", "need GiB", "to spare", "step time", "costs", "paste")
@@ -104,8 +104,9 @@ def _totals(result: Result) -> str:
         ["allocated", format_bytes(peak.allocated_bytes)],
         ["reserved", format_bytes(peak.reserved_bytes)],
         ["non-torch", format_bytes(peak.non_torch_bytes)],
-        ["host RAM", format_bytes(result.host.peak_bytes)],
     ]
+    if result.host is not None:
+        rows.append(["host RAM", format_bytes(result.host.peak_bytes)])
     return table(("per GPU", ""), rows, right=(1,))
 
 
@@ -115,7 +116,7 @@ def _top(result: Result) -> str:
     rows = [
         [
             gib(tensor.bytes),
-            _code(tensor.where),
+            code(tensor.where),
             tensor_phrase(tensor),
             CATEGORY_NAMES.get(tensor.category, tensor.category),
         ]
@@ -124,7 +125,8 @@ def _top(result: Result) -> str:
     return table(("GiB", "tensor at the peak", "shape", "category"), rows, right=(0,))
 
 
-def _folded(summary: str, blocks: Sequence[str]) -> str:
+def folded(summary: str, blocks: Sequence[str]) -> str:
+    """Blocks behind a summary to click on; empty blocks are left out."""
     body = "\n\n".join(block for block in blocks if block)
     return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
 
@@ -133,5 +135,6 @@ def _inline(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """Text as a code span; nothing for no text."""
     return f"`{text}`" if text else ""

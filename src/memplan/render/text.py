@@ -71,17 +71,23 @@ def phase_table(screen: Screen, result: Result) -> None:
 
 def totals(screen: Screen, result: Result) -> None:
     """The numbers that answer different questions, each with its question."""
-    peak, parameters = result.peak, result.parameters
-    share = 100 * parameters.trainable / max(parameters.total, 1)
+    peak = result.peak
+    what = "job completes" if result.job is not None else "recording would have completed"
+    if result.engine["name"] == "trace" and result.job is None:
+        what = "step completes"
     rows = [
-        ["need", format_bytes(result.need_bytes), "smallest memory in which this job completes, per GPU"],
+        ["need", format_bytes(result.need_bytes), f"smallest memory in which this {what}, per GPU"],
         ["allocated", format_bytes(peak.allocated_bytes), "live tensors at the peak"],
         ["reserved", format_bytes(peak.reserved_bytes), "what torch keeps, with room to spare"],
         ["non-torch", format_bytes(peak.non_torch_bytes), "CUDA context and libraries"],
         ["device", format_bytes(peak.device_bytes), "what nvidia-smi shows, with room to spare"],
-        ["host RAM", format_bytes(result.host.peak_bytes), "per node, loading included"],
-        ["parameters", f"{parameters.total:,}", f"{parameters.trainable:,} trainable ({share:.2f} %)"],
     ]
+    if result.host is not None:
+        rows.append(["host RAM", format_bytes(result.host.peak_bytes), "per node, loading included"])
+    if result.parameters is not None:
+        total, trainable = result.parameters.total, result.parameters.trainable
+        share = 100 * trainable / max(total, 1)
+        rows.append(["parameters", f"{total:,}", f"{trainable:,} trainable ({share:.2f} %)"])
     screen.line()
     for line in columns(rows, right=[1]):
         screen.line(line)

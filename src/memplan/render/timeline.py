@@ -12,7 +12,7 @@ Point = tuple[str, int, int]
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:#"
-_SHORT = {"load": "load", "forward": "fwd", "backward": "bwd", "optimizer_step": "opt"}
+_SHORT = {"load": "load", "forward": "fwd", "backward": "bwd", "optimizer_step": "opt", "evaluation": "eval"}
 _LABEL_COLUMNS = 10
 
 

@@ -24,6 +24,7 @@ CATEGORY_NAMES = {
     "inputs": "inputs",
     "workspace": "workspace",
     "comm": "communication",
+    "unknown": "unknown",
     "context": "CUDA context",
     "nccl": "NCCL",
 }
@@ -32,6 +33,7 @@ PHASE_NAMES = {
     "forward": "forward",
     "backward": "backward",
     "optimizer_step": "optimizer step",
+    "evaluation": "evaluation",
 }
 TIERS = ("free", "slower", "changes numerics", "changes the data", "changes the model")
 """What a change of each tier costs."""
@@ -48,9 +50,12 @@ def headline(result: Result) -> tuple[str, str]:
 
 def band(result: Result) -> str:
     """
-    The error band and where it comes from, e.g. `error band 12.10 GiB to 12.60 GiB (recorded accuracy)`.
+    The error band and where it comes from, e.g. `error band 12.10 GiB to 12.60 GiB (recorded accuracy)`; of a
+    recording, which has none, how its need was found.
     """
     error = result.error_band
+    if error is None:
+        return "the smallest memory in which these allocations complete, found by replaying them"
     source = f" ({error.source})" if error.source else ""
     return f"error band {format_bytes(error.low_bytes)} to {format_bytes(error.high_bytes)}{source}"
 
@@ -65,6 +70,11 @@ def tensor_phrase(tensor: TensorLine) -> str:
     """Shape and dtype, e.g. `[2, 4096, 32000] float32`; empty where neither is known."""
     shape = "[" + ", ".join(map(str, tensor.shape)) + "]" if tensor.shape is not None else ""
     return f"{shape} {tensor.dtype or ''}".strip()
+
+
+def subject(result: Result) -> str:
+    """What a result is about: the model of its job, or the file of a recording."""
+    return result.job.model if result.job is not None else result.engine["file"]
 
 
 def is_lint(message: str) -> bool:
