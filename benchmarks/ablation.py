@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.compare import Row, Run
+from benchmarks.compare import SHAPE, Row, Run
 from memplan.tape.behaviour import Behaviour
 
 FACTS = {
@@ -19,7 +19,7 @@ FACTS = {
     "triton_norm": "a norm kernel that saves its input only",
     "fused_lora": "fused LoRA over 4-bit layers",
     "liger_before_0_5": "Liger's fused loss in its first form",
-    "before_ampere": "no fused attention kernel for bfloat16 on the card",
+    "compute_capability": "which attention kernels the card has",
     "hold_logits": "a script that keeps the model's output",
     "use_cache": "a cache that fills while training",
 }
@@ -40,7 +40,7 @@ class Ablation:
 
 def ablate(rows: Iterable[Row]) -> list[Ablation]:
     """Of allocated peaks, the largest effect first; facts that change no case are left out."""
-    allocated = [row for row in rows if row.measured.statistic == "allocated"]
+    allocated = [row for row in rows if row.measured.statistic == "allocated" and row.engine == SHAPE]
     results = [result for field in FACTS if (result := _without(field, allocated)) is not None]
     return sorted(results, key=lambda result: -result.worst_without)
 

@@ -1,39 +1,66 @@
 """
 Predicted against published memory. `python -m benchmarks.accuracy`
 
-Writes docs/accuracy.md and src/memplan/profiles/accuracy.json; takes half a minute.
+Writes docs/accuracy.md and src/memplan/profiles/accuracy.json; takes half a minute. peft's comparison is read from what
+`python -m benchmarks.peft_table` traced, and some of its runs are traced again where the same versions are installed.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from benchmarks import bands
 from benchmarks.ablation import ablate
 from benchmarks.compare import GROUPS, PEAKS, Row, compare, compare_need
+from benchmarks.peft_table import installed_versions, load_runs, load_traced, trace_run
 from benchmarks.published import load_published
+from benchmarks.recorded import load_recorded
 from benchmarks.report import render
 from benchmarks.summary import summarize
+from benchmarks.traced import load_traced_rows
 
 REPORT = Path(__file__).parent.parent / bands.REPORT
+TRACE_SECONDS = 60
+"""For tracing runs of peft's comparison again."""
 
 
 def main() -> None:
     """Compare every case, print the summary, write both files."""
-    cases = load_published()
-    rows = [row for case in cases for row in compare(case)]
+    cases = [*load_published(), *load_recorded()]
+    rows = [row for case in cases for row in compare(case)] + load_traced_rows()
     needs = [need for case in cases if (need := compare_need(case)) is not None]
     print(f"{'group':40}{'statistic':12}{'rows':>5}{'median':>9}{'p90':>9}{'worst':>10}")
     for group in GROUPS:
         for statistic in PEAKS:
             _print_line(group, statistic, rows)
     planned = sum(bool(case.fields) for case in cases)
-    print(f"\n{len(cases)} published cases, {planned} planned, {len(cases) - planned} not")
+    print(f"\n{len(cases)} cases, {planned} planned, {len(cases) - planned} not")
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(render(cases, rows, needs, ablate(rows)), encoding="utf-8")
     bands.FILE.write_text(bands.dump_bands(bands.error_bands(rows, needs)), encoding="utf-8")
     for path in (REPORT, bands.FILE):
         print(f"wrote {path.relative_to(REPORT.parent.parent)}")
+    _trace_again()
+
+
+def _trace_again() -> None:
+    """Hold the file of traces to what the installed versions give, for as many runs as TRACE_SECONDS allow."""
+    recorded = next(
+        (result["runs"] for result in load_traced() if result["versions"] == installed_versions()), None
+    )
+    if recorded is None:
+        print("no traces of the installed versions: `python -m benchmarks.peft_table` makes them")
+        return
+    start, checked, changed = time.monotonic(), 0, []
+    for run in load_runs():
+        if run.name in recorded and time.monotonic() - start < TRACE_SECONDS:
+            checked += 1
+            if trace_run(run).reserved_bytes != recorded[run.name]["reserved_bytes"]:
+                changed.append(run.name)
+    print(
+        f"{checked} of {len(recorded)} runs traced again; other bytes than recorded: {', '.join(changed) or 'none'}"
+    )
 
 
 def _print_line(group: str, statistic: str, rows: list[Row]) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from benchmarks.published import Case, Measurement
 from memplan.allocator import AllocatorOutOfMemory, Replay, replay, replay_with_need
+from memplan.budget.count import count_parameters
 from memplan.budget.outside import non_torch_bytes
 from memplan.gpu.catalogue import match_gpu
+from memplan.job.spec import DTYPE_BYTES
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.tape import Mark
 from memplan.tape.writer import write_tape
@@ -25,7 +27,13 @@ ONE_GPU = "transformers, one GPU"
 ASSUMED = "transformers, one GPU, one assumption"
 SHARDED = "transformers, several GPUs"
 OTHER = "other model code"
-GROUPS = (ONE_GPU, ASSUMED, SHARDED, OTHER)
+RECORDED = "recorded by us, one GPU"
+TRACED = "peft's comparison of adapters, traced"
+ALSO_TRACED = "transformers, one GPU, traced"
+GROUPS = (ONE_GPU, ASSUMED, SHARDED, OTHER, RECORDED, ALSO_TRACED, TRACED)
+
+SHAPE, TRACE = "shape", "trace"
+"""The engines."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Row:
     case: Case
     measured: Measurement
     predicted_bytes: int
+    engine: str = SHAPE
 
     @property
     def error(self) -> float:
@@ -43,6 +52,10 @@ class Row:
 
     @property
     def group(self) -> str:
+        if self.engine == TRACE:
+            return TRACED if self.case.source == "peft" else ALSO_TRACED
+        if self.case.is_recorded:
+            return RECORDED
         if self.case.model_code != "transformers":
             return OTHER
         if self.case.gpus > 1:
@@ -79,13 +92,10 @@ class NeedRow:
 
 def compare_need(case: Case) -> NeedRow | None:
     """None for a case on several GPUs, and for one of which not both peaks are known."""
-    measured = {figure.statistic: figure.bytes for figure in (case.measured, *case.also_measured)}
     if not case.fields or case.gpus > 1 or case.model_code != "transformers":
         return None
-    reserved = measured.get("reserved", measured.get("device", 0) - non_torch_bytes(case.job)[0])
-    if "allocated" not in measured or reserved <= measured["allocated"]:
-        return None
-    return NeedRow(case, measured["allocated"], reserved, Run(case, case.behaviour).need_bytes())
+    bounds = case.need_bounds()
+    return None if bounds is None else NeedRow(case, *bounds, Run(case, case.behaviour).need_bytes())
 
 
 def compare(case: Case) -> list[Row]:
@@ -106,6 +116,7 @@ class Run:
 
     def __init__(self, case: Case, behaviour: Behaviour) -> None:
         self.case = case
+        self.behaviour = behaviour
         self.tape = write_tape(case.job, case.architecture, behaviour=behaviour).flatten()
         self.replay = self._through_the_allocator()
 
@@ -113,7 +124,7 @@ class Run:
         """Bytes of this statistic over the case's scope; None for one that is not predicted."""
         phases = [phase for phase in self.replay.phases if self._inside(phase.mark)]
         if statistic == "allocated":
-            return max(phase.allocated_peak_bytes for phase in phases)
+            return max(phase.allocated_peak_bytes for phase in phases) - self._between_stages_bytes()
         if statistic == "reserved":
             return max(phase.reserved_peak_bytes for phase in phases)
         if statistic == "device":
@@ -121,6 +132,17 @@ class Run:
         if statistic == END and self.case.gpus == 1:
             return self.replay.allocated_bytes
         return None
+
+    def _between_stages_bytes(self) -> int:
+        """
+        What the sum of the Trainer's deltas over its stages leaves out: fms-acceleration puts adapters that FSDP is to
+        leave alone onto the device after the Trainer was made and before it trains (its benchmarks' README: memory
+        outside of the stages is not tracked).
+        """
+        if not self.behaviour.whole_adapters:
+            return 0
+        trained = count_parameters(self.case.job, self.case.architecture).trainable
+        return trained * DTYPE_BYTES[self.case.job.lora.dtype]
 
     def need_bytes(self) -> int:
         """The smallest capacity at which the tape completes."""

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from memplan.budget.outside import non_torch_bytes
 from memplan.job.load import load_job
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
@@ -66,6 +67,12 @@ class Case:
     first_length: int | None = None
     step_is_function: bool = False
     upcast_logits: bool = True
+    fsdp1: bool = False
+    """Replicas that FSDP keeps in step, without cutting anything."""
+    loads_on_device: bool = False
+    """`from_pretrained` was given a `device_map`."""
+    products_before: bool = False
+    """The process multiplied matrices before it loaded the model."""
     config: Mapping[str, Any] | None = None
     """The model's `config.json` where it is not one of the catalogue."""
 
@@ -102,7 +109,28 @@ class Case:
             first_length=self.first_length,
             step_is_function=self.step_is_function,
             upcast_logits=self.upcast_logits,
+            fsdp1=behaviour.fsdp1 or self.fsdp1,
+            loads_on_device=behaviour.loads_on_device or self.loads_on_device,
+            products_before=self.products_before,
+            # DynamicCache is of transformers; torchtune, litgpt and the like train without one.
+            use_cache=behaviour.use_cache and self.model_code == "transformers",
         )
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether it was measured with `memplan record`, and not published by others."""
+        return False
+
+    def need_bounds(self) -> tuple[int, int] | None:
+        """
+        What the run shows of its need inside torch's allocator: at least the peak that it allocated, at most what it
+        reserved, since it completed in that. None where not both are known.
+        """
+        measured = {figure.statistic: figure.bytes for figure in (self.measured, *self.also_measured)}
+        reserved = measured.get("reserved", measured.get("device", 0) - non_torch_bytes(self.job)[0])
+        if "allocated" not in measured or reserved <= measured["allocated"]:
+            return None
+        return measured["allocated"], reserved
 
     @property
     def method(self) -> str:

@@ -6,12 +6,14 @@ Whole processes by the operating system's accounting, alternating; the rest insi
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -21,8 +23,10 @@ from memplan.gpu import resolve_capacity
 from memplan.job.load import load_job
 from memplan.job.spec import Job, Lora
 from memplan.model import resolve_model
+from memplan.model.resolve import resolve_config
 
 RUNS = 9
+TRACES = 3
 JOB = """\
 model: meta-llama/Llama-3.1-8B
 method: lora
@@ -33,10 +37,18 @@ lora: {rank: 16}
 MULTIPLY = "import json; print(json.dumps(8030261248 * 2 + 41943040 * 16 + 32 * 4096 * 4096 * 2))"
 
 
+def installed_environment() -> dict[str, str]:
+    """
+    That of this process, but modules are compiled once, as where memplan is installed: the first run of a command does
+    not count.
+    """
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def process_seconds(command: list[str]) -> float:
     """User and system time of a finished child."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=installed_environment())
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -50,6 +62,49 @@ def inside_seconds(answer: Callable[[], object], runs: int = RUNS) -> float:
         answer()
         times.append(time.process_time() - start)
     return median(times)
+
+
+def traced_process(job: Path) -> tuple[float, float]:
+    """CPU seconds and resident MiB of a cold `memplan estimate --engine trace`."""
+    code = "import resource, sys; from memplan.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "usage = resource.getrusage(resource.RUSAGE_SELF)\n"
+    code += "print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "estimate", str(job), "--engine", "trace"]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=installed_environment(),
+    )
+    seconds, mebibytes = map(float, done.stderr.split()[-2:])
+    return seconds, mebibytes
+
+
+def print_traces(path: Path) -> None:
+    """Cold and warm traces, where torch, transformers and peft are installed."""
+    from memplan.tracing.estimate import estimate_traced, missing_software
+
+    if missing_software():
+        print("\ntraces: torch, transformers or peft is not installed")
+        return
+    cold = [traced_process(path) for _ in range(TRACES + 1)][1:]
+    job = load_job(str(path)).job
+    config = dict(resolve_config(job.model, offline=True).config)
+    deep = config | {"num_hidden_layers": 80}
+    warm, warm_deep = (
+        inside_seconds(partial(estimate_traced, job, model), TRACES) for model in (config, deep)
+    )
+    lines = {
+        "cold process, CPU s": (median(seconds for seconds, _ in cold), 4.0),
+        "cold process, MiB": (median(mebibytes for _, mebibytes in cold), 450.0),
+        "warm, CPU s": (warm, 0.4),
+        "warm, 80 layers over 32": (warm_deep / warm, 1.2),
+    }
+    print(f"\n{'trace of the same job':40}{'':>8}{'limit':>8}")
+    for name, (value, limit) in lines.items():
+        print(f"{name:40}{value:8.2f}{limit:8.1f}")
 
 
 def main() -> None:
@@ -67,7 +122,8 @@ def main() -> None:
         for _ in range(RUNS + 1):
             for name, command in commands.items():
                 times[name].append(process_seconds(command))
-    medians = {name: median(values[1:]) for name, values in times.items()}
+        medians = {name: median(values[1:]) for name, values in times.items()}
+        print_traces(path)
     whole = medians["memplan estimate, 8B LoRA"]
     print(f"{'process':40}{'CPU ms':>8}{'limit':>8}{'ratio':>8}")
     for name, seconds in medians.items():

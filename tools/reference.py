@@ -19,6 +19,7 @@ from memplan.cli.app import COMMANDS
 from memplan.job.aliases import ALIASES
 from memplan.job.fields import Field, job_fields, job_sections
 from memplan.job.ready import list_jobs
+from memplan.tape.scratch import SOURCES
 from tools import consoles
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +60,15 @@ def render(text: str) -> str:
         lambda match: f"{match['begin']}{REGIONS[match['name']]().rstrip()}\n{match['end']}", text
     )
     return consoles.refresh(text)
+
+
+def scratch_region() -> str:
+    """What kernels take inside one operation, with source and status."""
+    rows = ["| operation | takes | status | source |", "|---|---|---|---|"]
+    for name, source in SOURCES.items():
+        operation = ", ".join(f"`{operator}`" for operator in source.operators) or name
+        rows.append(f"| {operation} | {source.takes} | {source.status} | {source.where} |")
+    return "\n".join(rows)
 
 
 def fields_region() -> str:
@@ -167,6 +177,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_region,
     "jobs": jobs_region,
     "commands": commands_region,
+    "scratch": scratch_region,
 }
 """Generated regions by name."""
 

@@ -73,20 +73,20 @@ def test_kernels_and_padding_are_taken_as_given():
 
 
 @pytest.mark.parametrize(
-    ("gpu", "before_ampere", "workspace"),
+    ("gpu", "capability", "workspace"),
     [
-        (None, False, CUBLAS_WORKSPACE_BYTES),
-        ("24GB", False, CUBLAS_WORKSPACE_BYTES),
-        ("Tesla T4", True, CUBLAS_WORKSPACE_BYTES),
-        ("NVIDIA A100-SXM4-80GB", False, CUBLAS_WORKSPACE_BYTES),
-        ("H200", False, CUBLAS_WORKSPACE_BYTES_HOPPER),
+        (None, (8, 0), CUBLAS_WORKSPACE_BYTES),
+        ("24GB", (8, 0), CUBLAS_WORKSPACE_BYTES),
+        ("Tesla T4", (7, 5), CUBLAS_WORKSPACE_BYTES),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), CUBLAS_WORKSPACE_BYTES),
+        ("H200", (9, 0), CUBLAS_WORKSPACE_BYTES_HOPPER),
     ],
 )
-def test_the_card_that_a_job_names(gpu: str | None, before_ampere: bool, workspace: int):
+def test_the_card_that_a_job_names(gpu: str | None, capability: tuple[int, int], workspace: int):
     """Kernels of sdpa and cuBLAS's workspace follow its compute capability."""
     found = Behaviour.for_job(Job(model="x", gpu=gpu))
 
-    assert (before_ampere, workspace) == (found.before_ampere, found.cublas_workspace_bytes)
+    assert (capability, workspace) == (found.compute_capability, found.cublas_workspace_bytes)
 
 
 def test_the_loop_decides_what_is_held():
@@ -95,7 +95,7 @@ def test_the_loop_decides_what_is_held():
     ours, trainer, script = (Behaviour.for_job(job) for job in jobs)
 
     assert Behaviour() == ours
-    assert Behaviour(hold_hidden=True, float_output=True) == trainer
+    assert Behaviour(hold_hidden=True, float_output=True, prefetch=True) == trainer
     assert Behaviour(hold_hidden=True, hold_logits=True, use_cache=True) == script
 
 

@@ -1,0 +1,1 @@
+"""Other tools' answers beside memplan's, on the same published runs."""

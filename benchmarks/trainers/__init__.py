@@ -1,0 +1,1 @@
+"""memplan's trainer beside the trainers of transformers and TRL, on the same job."""
