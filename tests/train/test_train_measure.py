@@ -65,7 +65,7 @@ def test_a_block_whose_memory_is_given_out_again_was_freed(
 
 
 def test_what_another_thread_frees_is_counted_until_it_is_replaced() -> None:
-    """The profiler does not see a block go; where the C library puts the next one says whether it is known to have gone."""
+    """The profiler does not see a block go; that another lies where it was tells."""
     num_bytes = 1 << 20
     counted: list[int] = []
     most = 0
