@@ -69,6 +69,10 @@ def test_the_choice_by_card_and_version(
         (ADA, Call("bfloat16", 208, trains=False), "flash"),
         (ADA, Call("bfloat16", 256), "flash"),
         (ADA, Call("bfloat16", 256, dropout=True), "efficient"),
+        (A100, Call("bfloat16", 192, value_head_dim=128), "efficient"),  # DeepSeek's latent heads
+        (B200, Call("bfloat16", 192, value_head_dim=128), "cudnn"),
+        (B200, Call("bfloat16", 192), "flash"),
+        (A100, Call("bfloat16", 192, value_head_dim=100), "math"),
         (T4, Call("bfloat16", 64), "math"),
         (T4, Call("float16", 64), "efficient"),
         (T4, Call("float16", 64, grouped=True), "math"),
@@ -95,6 +99,12 @@ def test_a_cpu_has_one_fused_kernel() -> None:
         ("flash", A100, Call("bfloat16", 288), "heads of up to 256"),
         ("flash", T4, Call("float16", 64), "needs sm80 or newer, and this is sm75"),
         ("flash", ADA, Call("bfloat16", 224), "has no backward for heads of 224 on sm89"),
+        (
+            "flash",
+            A100,
+            Call("bfloat16", 192, value_head_dim=128),
+            "as wide as queries, not heads of 128 and 192",
+        ),
         ("efficient", A100, CALL, "groups of query heads"),
         ("efficient", T4, Call("bfloat16", 64), "takes no bfloat16 on sm75"),
         ("cudnn", A100, Call("bfloat16", 160), "heads of up to 128 on sm80, not of 160"),

@@ -70,3 +70,25 @@ def test_a_cpu_runs_the_kernel_that_is_named() -> None:
     assert {"math"} == composite.trace.target.kernels  # type: ignore[attr-defined]
     assert composite.peaks()[0] > plain.peaks()[0]
     assert composite.lifetimes(composite.shape) == composite.lifetimes(composite.trace)
+
+
+LATENT = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 1000, "hidden_size": 64,
+    "intermediate_size": 176, "moe_intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+    "v_head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_values_may_have_narrower_heads_than_queries() -> None:
+    """As DeepSeek's have, which flash does not take and the memory-efficient kernel does."""
+    traced = trace_job(job(gpu="A100", max_seq_len=64, micro_batch_size=1), LATENT)
+    assert {"efficient"} == traced.target.kernels
+    made = [traced.describe(number) for number in range(1, len(traced.categories()))]
+    outputs = [
+        storage for storage in made if storage.where.endswith("_efficient_attention") and storage.shape
+    ]
+    assert {"bfloat16": (1, 4, 64, 16), "float32": (1, 4, 64)} == {
+        storage.dtype: storage.shape for storage in outputs
+    }

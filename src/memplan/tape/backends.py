@@ -31,6 +31,7 @@ class Call:
 
     dtype: str
     head_dim: int
+    """Of queries and keys."""
     masked: bool = False
     dropout: bool = False
     grouped: bool = False
@@ -38,6 +39,13 @@ class Call:
     broadcast: bool = False
     """There are, and it does not."""
     trains: bool = True
+    value_head_dim: int | None = None
+    """Of values, where it is another: attention with latent heads, as DeepSeek's."""
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Of queries and keys, and of values."""
+        return self.head_dim, self.head_dim if self.value_head_dim is None else self.value_head_dim
 
 
 @dataclass(frozen=True)
@@ -116,13 +124,24 @@ class Target:
     def _flash(self, call: Call) -> str | None:
         if call.masked:
             return "takes no mask, which padding, packing and sliding windows need"
+        queries, values = call.head_dims
+        if queries != values:
+            return f"takes values as wide as queries, not heads of {values} and {queries}"
         return self._of_16_bits(call, limit=256) or self._backward_of_wide_heads(call) or _broadcast(call)
 
     def _cudnn(self, call: Call) -> str | None:
-        """Heads up to 128, on sm90 with cuDNN 9.10 or newer up to 256 (check_cudnn_tensor_shapes)."""
-        limit = 256 if self.compute_capability == (9, 0) and self.cudnn >= (9, 10) else 128
-        if call.head_dim % 8:
-            return f"takes heads of a multiple of 8, not of {call.head_dim}"
+        """
+        Heads up to 128, on sm90 with cuDNN 9.10 or newer up to 256, and DeepSeek's on sm100 and sm103 with cuDNN 9.11
+        or newer (check_cudnn_tensor_shapes).
+        """
+        limit = 128
+        if self.compute_capability == (9, 0) and self.cudnn >= (9, 10):
+            limit = 256
+        elif self.compute_capability[0] == 10 and self.cudnn >= (9, 11) and call.head_dims == (192, 128):
+            limit = 192
+        for head_dim in call.head_dims:
+            if head_dim % 8:
+                return f"takes heads of a multiple of 8, not of {head_dim}"
         return self._of_16_bits(call, limit=limit) or _broadcast(call)
 
     def _efficient(self, call: Call) -> str | None:
@@ -135,8 +154,9 @@ class Target:
             multiple = 8
         elif self.compute_capability >= AMPERE:
             multiple = 4
-        if call.head_dim % multiple:
-            return f"takes heads of a multiple of {multiple}, not of {call.head_dim}"
+        for head_dim in call.head_dims:
+            if head_dim % multiple:
+                return f"takes heads of a multiple of {multiple}, not of {head_dim}"
         if call.grouped:
             return "takes no groups of query heads per key head"
         return _broadcast(call)
@@ -146,8 +166,8 @@ class Target:
             return f"needs sm80 or newer, and this is {self.card}"
         if call.dtype not in ("float16", "bfloat16"):
             return f"takes float16 and bfloat16, and attention runs in {call.dtype}"
-        if call.head_dim > limit:
-            return f"takes heads of up to {limit} on {self.card}, not of {call.head_dim}"
+        if max(call.head_dims) > limit:
+            return f"takes heads of up to {limit} on {self.card}, not of {max(call.head_dims)}"
         return None
 
     def _backward_of_wide_heads(self, call: Call) -> str | None:

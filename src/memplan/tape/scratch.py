@@ -134,14 +134,24 @@ def flash_backward(
 
 
 def efficient_backward(
-    batch: int, heads: int, length: int, key_length: int, head_dim: int, itemsize: int
+    batch: int,
+    heads: int,
+    length: int,
+    key_length: int,
+    head_dim: int,
+    itemsize: int,
+    value_head_dim: int | None = None,
 ) -> list[int]:
-    """Row sums; for 16-bit inputs float32 accumulators of dQ and, for heads wider than 64, of dK and dV."""
+    """
+    Row sums; for 16-bit inputs float32 accumulators of dQ and, for heads wider than 64, of dK and dV. The heads of
+    values are as wide as those of queries unless `value_head_dim` says otherwise.
+    """
     scratch = [batch * heads * length * 4]
     if itemsize < 4:
+        widths = (head_dim, head_dim if value_head_dim is None else value_head_dim)
         elements = round_up(length, 64) * round_up(head_dim, 32)
-        if head_dim > 64:
-            elements += 2 * round_up(key_length, 64) * round_up(head_dim, 64)
+        if max(widths) > 64:
+            elements += sum(round_up(key_length, 64) * round_up(width, 64) for width in widths)
         scratch.append(batch * heads * elements * 4)
     return scratch
 

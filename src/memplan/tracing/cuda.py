@@ -239,6 +239,7 @@ def _attention(target: Target) -> Callable[..., Tensor]:
                 grouped=unequal and enable_gqa,
                 broadcast=unequal and not enable_gqa,
                 trains=_needs_grad(query, key, value),
+                value_head_dim=value.shape[-1],
             )
         )
         if kernel == "flash_cpu":

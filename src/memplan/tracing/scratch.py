@@ -34,9 +34,13 @@ def _cudnn_backward(_: Tensor, query: Tensor, *__: Any, **___: Any) -> list[int]
     return scratch.cudnn_backward(batch, heads, length, head_dim)
 
 
-def _efficient_backward(_: Tensor, query: Tensor, key: Tensor, *__: Any, **___: Any) -> list[int]:
+def _efficient_backward(
+    _: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any
+) -> list[int]:
     batch, heads, length, head_dim = query.shape
-    return scratch.efficient_backward(batch, heads, length, key.shape[2], head_dim, query.element_size())
+    return scratch.efficient_backward(
+        batch, heads, length, key.shape[2], head_dim, query.element_size(), value.shape[-1]
+    )
 
 
 def _index_put(_: Tensor, indices: Any, __: Tensor, accumulate: bool = False, *___: Any) -> list[int]:
