@@ -11,15 +11,15 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from launched import ENDLESS, GUARD_SECONDS, environment, running
 from tiny_runs import GPT2, losses, prepared, tiny_job
 
-import memplan
 from memplan.errors import DataError, RunError
 from memplan.job.load import LoadedJob
 from memplan.job.spec import Job
@@ -29,8 +29,6 @@ from memplan.train.output_folder import JOB_FILE, check_folder, different_fields
 from memplan.train.processes import GRACE_SECONDS, Ending, Workers
 from memplan.train.record import Record
 from memplan.train.refusals import check_device, check_trainable
-
-SOURCE = str(Path(memplan.__file__).parent.parent)
 
 
 def _loaded(job: Job, base_dir: Path) -> LoadedJob:
@@ -171,9 +169,8 @@ def test_another_run_is_never_written_over(tmp_path: Path) -> None:
 def test_importing_the_trainer_imports_no_torch() -> None:
     """The command line can offer `train` on a machine without torch."""
     probe = "import sys, memplan.train, memplan.train.data\nprint(*sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": SOURCE}
     done = subprocess.run(
-        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", probe], env=environment(), capture_output=True, text=True, check=True
     )
 
     loaded = set(done.stdout.split())
@@ -182,20 +179,6 @@ def test_importing_the_trainer_imports_no_torch() -> None:
 
 
 # -- real processes
-
-
-def _command(path: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "memplan", "train", str(path), *flags]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def _wait_for_steps(folder: Path, process: subprocess.Popen[str], count: int) -> None:
-    metrics = folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= count):
-        time.sleep(0.02)
 
 
 def _printed_command(text: str) -> list[str]:
@@ -207,7 +190,7 @@ def _printed_command(text: str) -> list[str]:
 
 @pytest.mark.torch
 def test_a_run_survives_an_interruption_and_a_full_disk(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
     Ctrl-C finishes the step, saves, prints a command and exits with 130. Continued where no file may pass 64 KiB,
@@ -218,13 +201,12 @@ def test_a_run_survives_an_interruption_and_a_full_disk(
     pytest.importorskip("peft")
     from memplan.train.worker import run_job
 
-    job = tiny_job(tmp_path, config=GPT2, train__max_steps=4000, lora__dropout=0.1)
+    job = tiny_job(tmp_path, config=GPT2, train__max_steps=ENDLESS, lora__dropout=0.1)
     path, folder = tmp_path / "job.yaml", tmp_path / "run"
     write_job(path, job)
-    with subprocess.Popen(_command(path), env=_environment(), stderr=subprocess.PIPE, text=True) as process:
-        _wait_for_steps(folder, process, 5)
+    with running(["train", str(path)], folder, steps=5) as process:
         process.send_signal(signal.SIGINT)
-        _, text = process.communicate(timeout=60)
+        _, text = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == 130, text
     done = max(losses(folder))
     assert f"interrupted by SIGINT after step {done}" in text
@@ -234,6 +216,8 @@ def test_a_run_survives_an_interruption_and_a_full_disk(
 
     longer = job.replace(**{"train.max_steps": done + 2, "train.save_every": 1})
     torch.set_num_threads(1)
+    # A module that is imported meanwhile would leave its bytecode cut off, for every process that comes after.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, before[1]))
     try:
@@ -246,7 +230,8 @@ def test_a_run_survives_an_interruption_and_a_full_disk(
     assert [step.name for step in (folder / "checkpoints").iterdir()] == [f"step-{done}"]
     assert _printed_command(failed) == _printed_command(text)
 
-    assert subprocess.run(_printed_command(text), env=_environment()).returncode == 0
+    again = subprocess.run(_printed_command(text), env=environment(), timeout=GUARD_SECONDS)
+    assert again.returncode == 0
     whole = prepared(longer.replace(**{"train.output_dir": str(tmp_path / "whole")}))
     assert run_job(whole) == 0
     assert losses(whole) == losses(folder)
@@ -302,3 +287,27 @@ def test_a_process_that_waits_for_a_dead_one_is_ended() -> None:
 
     assert (ending.code, ending.killed) == (3, None)
     assert GRACE_SECONDS <= 10
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("is_first", "expected"), [(True, ["said", "left"]), (False, ["left"])])
+def test_ranks_that_stop_together_leave_together(
+    monkeypatch: pytest.MonkeyPatch, is_first: bool, expected: list[str]
+) -> None:
+    """Nobody goes before the first rank has said how the run ended, since the launcher then ends those that stay."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    from memplan.train import worker
+    from memplan.train.run import Interrupted
+
+    seen: list[str] = []
+    group = SimpleNamespace(is_first=is_first, leave=lambda: seen.append("left"))
+    run = SimpleNamespace(group=group, stop_measuring=lambda: None)
+    monkeypatch.setattr(worker, "_finish", lambda *_: None)
+    monkeypatch.setattr(worker, "_say_how_to_continue", lambda _: seen.append("said"))
+
+    assert worker._interrupted(run, Interrupted(signal.SIGTERM, 3), together=True) == 143  # type: ignore[arg-type]
+    assert seen == expected
+    seen.clear()
+    worker._interrupted(run, Interrupted(signal.SIGTERM, 0))  # type: ignore[arg-type]
+    assert "left" not in seen, "before the first step each stops by itself"

@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from launched import ENDLESS, GUARD_SECONDS, environment, ranks, running, started_at  # noqa: E402
 from measured_cells import GRID, Measured, measure, planned  # noqa: E402
 from parallel_cells import Cell, cells, resumable_job, train  # noqa: E402
 from tiny_runs import losses, prepared, tiny_job  # noqa: E402
 
-import memplan  # noqa: E402
 from memplan.errors import RunError  # noqa: E402
 from memplan.train.output_folder import write_job  # noqa: E402
 from memplan.train.processes import Workers, membership  # noqa: E402
@@ -32,12 +30,6 @@ from memplan.train.worker import run_job  # noqa: E402
 pytestmark = pytest.mark.torch
 
 HERE = Path(__file__).parent
-SOURCE = Path(memplan.__file__).parent.parent
-
-
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join([str(SOURCE), str(HERE)])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("rank-0", "rank-1", "runs"):
         (root / name).mkdir()
     command = [sys.executable, str(HERE / "parallel_cells.py"), str(root)]
-    assert Workers(command, _environment(), count=2).wait().code == 0
+    assert Workers(command, environment(HERE), count=2).wait().code == 0
     return root
 
 
@@ -176,34 +168,26 @@ def test_processes_of_others_are_joined() -> None:
     assert membership({}, 2) is None
 
 
-def _start(job_file: Path, folder: Path) -> subprocess.Popen[str]:
-    """`memplan train` on two processes, three steps into the run."""
-    command = [sys.executable, "-m", "memplan", "train", str(job_file)]
-    process = subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE, text=True)
-    metrics = folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        time.sleep(0.02)
-    return process
-
-
 @pytest.mark.parametrize("is_killed", [False, True], ids=["SIGTERM", "SIGKILL of a rank"])
 def test_all_end_together(tmp_path: Path, is_killed: bool) -> None:
     """SIGTERM saves once and exits with 143; a rank that is killed is named, and the other one does not stay."""
-    job = tiny_job(tmp_path, train__max_steps=4000, parallel__strategy="FULL_SHARD", parallel__dp_shard=2)
+    job = tiny_job(tmp_path, train__max_steps=ENDLESS, parallel__strategy="FULL_SHARD", parallel__dp_shard=2)
     folder = tmp_path / "run"
     write_job(tmp_path / "job.yaml", job)
-    with _start(tmp_path / "job.yaml", folder) as process:
-        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    with running(["train", str(tmp_path / "job.yaml")], folder, steps=3) as process:
+        pids = ranks(process.pid)
+        began = {pid: started_at(pid) for pid in pids.values()}
+        assert pids.keys() == {0, 1}
         if is_killed:
-            os.kill(int(ranks[1]), signal.SIGKILL)
+            os.kill(pids[1], signal.SIGKILL)
         else:
             process.send_signal(signal.SIGTERM)
-        _, text = process.communicate(timeout=90)
+        _, text = process.communicate(timeout=GUARD_SECONDS)
 
     record = Record.read(folder)
     assert record is not None
-    assert len(ranks) == 2
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert None not in began.values()
+    assert not any(started_at(pid) == time for pid, time in began.items())
     assert "Traceback" not in text
     if is_killed:
         assert process.returncode == 137

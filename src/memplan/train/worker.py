@@ -95,7 +95,8 @@ def run_job(
             with attention_kernel(job.attention_kernel):
                 run.execute()
     except Interrupted as interrupted:
-        return _interrupted(run, interrupted)
+        # After a step all ranks have agreed to stop; before the first, each stops by itself.
+        return _interrupted(run, interrupted, together=interrupted.step > 0)
     except MemplanError as error:
         return _failed(run, error)
     except Exception as error:
@@ -208,12 +209,19 @@ def _finish(run: Run, outcome: str, error: str | None = None) -> None:
         say(f"note: {unwritten.message}")
 
 
-def _interrupted(run: Run | None, interrupted: Interrupted) -> int:
+def _interrupted(run: Run | None, interrupted: Interrupted, *, together: bool = False) -> int:
+    """
+    Args:
+        together: all ranks are here, so that each can wait until the first has said everything: the launcher ends
+            those that stay when one has gone.
+    """
     code = 128 + interrupted.signum
     if run is None:
         return code
     run.stop_measuring()
     if not run.group.is_first:
+        if together:
+            run.group.leave()
         return code
     name = signal.Signals(interrupted.signum).name
     sentence = (
@@ -224,6 +232,8 @@ def _interrupted(run: Run | None, interrupted: Interrupted) -> int:
     _finish(run, "interrupted", sentence)
     say(sentence)
     _say_how_to_continue(run)
+    if together:
+        run.group.leave()
     return code
 
 
