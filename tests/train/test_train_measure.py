@@ -88,7 +88,7 @@ def test_who_waits_for_a_collective_waits_for_gloos_thread(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Until the thread sleeps, and only inside; other threads may run."""
-    states = iter(["R", "R", "S"])
+    states = iter(["R", "D", "S"])
 
     class Task:
         def __init__(self, name: str) -> None:

@@ -102,13 +102,13 @@ def read_tree(roots: Iterable[Any]) -> Witnessed:
 
 
 def _walk(roots: Iterable[Any]) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """Every event with the names of those around it, the outermost first."""
-    stack: list[tuple[Any, tuple[str, ...]]] = [(root, ()) for root in roots]
+    """Every event in its tree's order, with the names of those around it, the outermost first."""
+    stack: list[tuple[Any, tuple[str, ...]]] = [(root, ()) for root in list(roots)[::-1]]
     while stack:
         event, path = stack.pop()
         yield event, path
         inside = (*path, event.name)
-        stack += [(child, inside) for child in event.children]
+        stack += [(child, inside) for child in event.children[::-1]]
 
 
 def describe_path(path: Sequence[str]) -> str:

@@ -18,8 +18,11 @@ import torch.distributed as dist
 _THREAD_NAME = "pt_gloo_runloop"
 """c10::setThreadName in ProcessGroupGloo::runLoop."""
 _TASKS = Path("/proc/self/task")
-_POLL_SECONDS, _NUM_POLLS = 2e-4, 500
-"""A thread may be busy with a collective that nobody waits for yet: it is not waited for longer than this."""
+_POLL_SECONDS, _MOST_SECONDS = 2e-4, 10.0
+"""
+A thread that is busy with another collective rests when that is over, and one that waits for a core gets one: the limit
+is there so that nothing can hang.
+"""
 
 
 @contextmanager
@@ -45,16 +48,15 @@ def settled_collectives() -> Iterator[None]:
 
 
 def _wait_for_threads() -> None:
-    for _ in range(_NUM_POLLS):
-        if not any(_is_running(task) for task in _TASKS.iterdir()):
-            return
+    ends_at = time.monotonic() + _MOST_SECONDS
+    while any(_is_running(task) for task in _TASKS.iterdir()) and time.monotonic() < ends_at:
         time.sleep(_POLL_SECONDS)
 
 
 def _is_running(task: Path) -> bool:
-    """Whether a thread is one of gloo's and does not sleep."""
+    """Whether a thread is one of gloo's and does not sleep: it runs, wants to, or waits for the kernel (`D`)."""
     try:
         name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
     except OSError:  # it has ended
         return False
-    return name == _THREAD_NAME and rest.split()[0] == "R"
+    return name == _THREAD_NAME and rest.split()[0] in "RD"

@@ -178,11 +178,11 @@ class Event:
 
 
 def _read_tree(roots: Iterable[Any]) -> Iterator[Event]:
-    """The events of memory and the marks in the profiler's trees, in no order."""
-    stack = list(roots)
+    """The events of memory and the marks in the profiler's trees, each tree in its order."""
+    stack = list(roots)[::-1]
     while stack:
         event = stack.pop()
-        stack += event.children
+        stack += event.children[::-1]
         name = event.name
         if name == _MEMORY:
             fields = event.extra_fields
