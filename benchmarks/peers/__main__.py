@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from threading import Timer
+from threading import Event, Timer
 from typing import Any
 
 import memplan
@@ -111,13 +111,18 @@ def _lines_within(command: list[str], text: str, limit: float) -> tuple[list[str
         with subprocess.Popen(
             command, stdin=questions, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as child:
-            timer = Timer(limit, child.kill)
+            is_over = Event()
+
+            def end() -> None:
+                is_over.set()
+                child.kill()
+
+            timer = Timer(limit, end)
             timer.start()
             assert child.stdout is not None
             lines = [line.rstrip("\n") for line in child.stdout if line.endswith("\n")]
-            in_time = timer.is_alive()
             timer.cancel()
-    return lines, in_time
+    return lines, not is_over.is_set()
 
 
 def _peer_process(name: str, questions: list[dict[str, Any]], python: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from benchmarks.peers.__main__ import ask
@@ -56,19 +57,29 @@ def test_a_process_that_ends_early_leaves_words(tmp_path: Path) -> None:
     script.write_text('#!/bin/sh\necho \'{"version": "2"}\'\necho \'{"id": "a", "word": "no"}\'\nexit 1\n')
     script.chmod(0o755)
 
-    version, replies = ask("fitscout", [{"id": "a"}, {"id": "b"}], str(script), limit=60)
+    version, replies = ask("fitscout", [{"id": "a"}, {"id": "b"}], str(script), limit=600)
 
     assert version == "2"
     assert replies == [{"id": "a", "word": "no"}, {"id": "b", "word": "crashed the process"}]
 
 
-def test_a_process_that_takes_too_long_keeps_its_answers(tmp_path: Path) -> None:
-    """What was written by the end of the limit counts, but for half a line."""
-    script = tmp_path / "python"
-    lines = """echo '{"version": "2"}'\necho '{"id": "a", "word": "no"}'\nprintf '{"id": '\nexec sleep 60\n"""
-    script.write_text(f"#!/bin/sh\n{lines}")
+def test_a_process_that_takes_too_long_keeps_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written by the end of the limit counts, but for half a line. Here the limit ends when all is written."""
+    script, written = tmp_path / "python", tmp_path / "written"
+    lines = """echo '{"version": "2"}'\necho '{"id": "a", "word": "no"}'\nprintf '{"id": '\n"""
+    script.write_text(f"#!/bin/sh\n{lines}: >'{written}'\nexec sleep 1800\n")
     script.chmod(0o755)
 
+    class WhenWritten(Timer):
+        def run(self) -> None:
+            while not written.exists() and not self.finished.wait(0.01):
+                pass
+            self.interval = 0.0
+            super().run()
+
+    monkeypatch.setattr("benchmarks.peers.__main__.Timer", WhenWritten)
     version, replies = ask("fitscout", [{"id": "a"}, {"id": "b"}], str(script), limit=0.5)
 
     assert version == "2"
@@ -81,7 +92,7 @@ def test_a_peer_that_is_not_installed_gets_that_word(tmp_path: Path) -> None:
     script.write_text("#!/bin/sh\necho '{\"version\": null}'\n")
     script.chmod(0o755)
 
-    assert ask("fitscout", [{"id": "a"}], str(script), limit=60) == (
+    assert ask("fitscout", [{"id": "a"}], str(script), limit=600) == (
         None,
         [{"id": "a", "word": "not installed"}],
     )
