@@ -35,9 +35,9 @@ def name_of(path: Path) -> str:
 def source_files() -> list[Path]:
     """Every text file of the repository that people write."""
     folders = [ROOT / name for name in ("src", "tests", "tools", "benchmarks", "docs", ".ci")]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
     files += [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".txt")]
-    return [path for path in files if path.suffix != ".pyc"]
+    return [path for path in files if path.is_file()]
 
 
 def blocks(text: str, language: str) -> list[str]:

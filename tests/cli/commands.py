@@ -41,7 +41,7 @@ def run_process(*arguments: str, **environ: str) -> Outcome:
         text=True,
         encoding="utf-8",
         env=process_environ(**environ),
-        timeout=120,
+        timeout=600,
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -297,11 +298,13 @@ def test_refusals(hub: Hub, status: int, says: str, hints: str) -> None:
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """No network is one sentence and a way on, not a traceback."""
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as nobody:  # its port is taken, and does not listen
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
 
-    with pytest.raises(ModelError, match="cannot be reached") as failure:
-        resolve_model("someone/model", offline=False)
+        with pytest.raises(ModelError, match="cannot be reached") as failure:
+            resolve_model("someone/model", offline=False)
     assert "memplan models" in (failure.value.hint or "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,7 +85,7 @@ def test_the_matrix_runs_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> Non
 
     def run(**options: Any) -> int:
         cells = load_matrix(matrix)
-        return run_matrix(cells, folder, Clock(300), say=lines.append, start=InProcess, **options)
+        return run_matrix(cells, folder, Clock(inf), say=lines.append, start=InProcess, **options)
 
     count, again = run(archive=archive), run(resume=True)
 
@@ -112,7 +113,7 @@ def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
 
 def test_probes_of_every_operation(tmp_path: Path) -> None:
     """All kinds of operations are asked about; the events of a matrix product are those that anyone can count."""
-    probes = Probes(tmp_path / "probes.json", CpuWatch(), seconds=300)
+    probes = Probes(tmp_path / "probes.json", CpuWatch(), seconds=inf)
     wanted = [
         case
         for case in cases(torch.device("cpu"), SMALL)
@@ -150,8 +151,8 @@ def test_a_probe_that_ends_its_process_is_passed_over(tmp_path: Path) -> None:
 
     questions = [Case("a", {}, make(None)), Case("b", {}, make(Ended)), Case("c", {}, make(ValueError))]
     with pytest.raises(Ended):
-        Probes(path, CpuWatch(), seconds=60).run(questions, lambda group: None)
-    Probes(path, CpuWatch(), seconds=60, resume=True).run(questions, lambda group: None)
+        Probes(path, CpuWatch(), seconds=inf).run(questions, lambda group: None)
+    Probes(path, CpuWatch(), seconds=inf, resume=True).run(questions, lambda group: None)
 
     found = json.loads(path.read_text())["cases"]
     assert ["forward" in case for case in found] == [True, False, False]

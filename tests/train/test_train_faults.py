@@ -25,6 +25,7 @@ def test_killed_runs_lose_nothing() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=3600,
     )
 
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from resident import peak_growth  # noqa: E402
+from resident import CAN_TELL, peak_growth  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_runs import GPT2, LLAMA, tiny_job  # noqa: E402
 
@@ -242,7 +241,7 @@ def test_other_bases_are_refused(tmp_path: Path) -> None:
         assert not list(tmp_path.glob(".unfinished*"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the resident set as Linux counts it")
+@pytest.mark.skipif(not CAN_TELL, reason="the resident set as Linux counts it")
 def test_merging_takes_the_ram_of_a_layer(tmp_path: Path) -> None:
     """A base of 64 MiB in one file, of which 63 MiB are embeddings without adapters."""
     config = LLAMA | {

@@ -264,28 +264,36 @@ def test_a_cpu_allocation_that_fails_is_out_of_memory(
 def test_memory_is_let_go_before_the_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the explanation looks at what is free, no tensor of the failed step is alive."""
     import gc
+    import weakref
 
     from memplan.train import worker
+    from memplan.train.loop import Loop
 
     folder = prepared(tiny_job(tmp_path))
+    parameters: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
-    def count_parameters(run: object, detail: str) -> int:
-        run.release()  # type: ignore[attr-defined]
+    def count_parameters(run: Any, detail: str) -> int:
+        run.release()
         gc.collect()
-        alive.append(sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects()))
+        alive.append(sum(parameter() is not None for parameter in parameters))
         return 1
 
+    def remember(loop: Loop, *arguments: Any, **options: Any) -> None:
+        make(loop, *arguments, **options)
+        parameters.extend(map(weakref.ref, loop.built.model.parameters()))
+
+    make = Loop.__init__
+    monkeypatch.setattr(Loop, "__init__", remember)
     monkeypatch.setattr(worker, "_explain_out_of_memory", count_parameters)
-    gc.collect()
-    before = sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects())
 
     def fail(phase: str, step: int) -> None:
         if (phase, step) == ("backward", 2):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert run_job(folder, hook=fail) == 1
-    assert [before] == alive
+    assert len(parameters) > 20
+    assert [0] == alive
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
