@@ -24,7 +24,7 @@ from memplan.job.spec import Job
 from memplan.train import report
 from memplan.train.data import Batches
 from memplan.train.documents import Reader
-from memplan.train.group import ALONE, Group, join
+from memplan.train.group import ALONE, Group, end_process, join
 from memplan.train.loop import Loop
 from memplan.train.optimizer import build_optimizer
 from memplan.train.parallel import build_parallel
@@ -213,3 +213,4 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)

@@ -40,7 +40,16 @@ def _loaded(job: Job, base_dir: Path) -> LoadedJob:
     [
         ({"parallel.dp_shard": 2, "parallel.strategy": "ZERO_2"}, "ZERO_2"),
         ({"parallel.tp": 2}, "`parallel.tp`"),
-        ({"offload.optimizer": True}, "offload"),
+        ({"offload.optimizer": True, "optimizer": "lion"}, "no step there"),
+        ({"offload.optimizer": True, "autocast": "float16"}, "loss scaling"),
+        (
+            {"parallel.dp_shard": 2, "parallel.strategy": "FULL_SHARD", "offload.optimizer": True},
+            "`offload.optimizer` alone",
+        ),
+        (
+            {"parallel.dp_shard": 2, "parallel.strategy": "FULL_SHARD", "optimizer": "sgd"},
+            "fused step",
+        ),
         (
             {"parallel.dp_shard": 2, "parallel.strategy": "FULL_SHARD", "optimizer": "adafactor"},
             "cannot step sharded weights",
@@ -311,3 +320,18 @@ def test_ranks_that_stop_together_leave_together(
     seen.clear()
     worker._interrupted(run, Interrupted(signal.SIGTERM, 0))  # type: ignore[arg-type]
     assert "left" not in seen, "before the first step each stops by itself"
+
+
+def test_a_process_of_a_group_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of gloo's are not given the time to meet a Python that shuts down; alone there are none."""
+    pytest.importorskip("torch")
+    from memplan.train import group
+
+    codes: list[int] = []
+    monkeypatch.setattr(group.os, "_exit", codes.append)
+    monkeypatch.setattr(group, "_has_joined", True)
+    group.end_process(3)
+    monkeypatch.setattr(group, "_has_joined", False)
+    with pytest.raises(SystemExit):
+        group.end_process(4)
+    assert codes == [3]

@@ -32,6 +32,7 @@ from memplan.record.device import Device, make_device
 from memplan.record.file import COMPLETED, OUT_OF_MEMORY, RecordFile
 from memplan.record.steps import Observer, random_samples, run_steps
 from memplan.tape.vocabulary import resized_config
+from memplan.train.group import end_process
 from memplan.train.refusals import check_device, refuse_untrainable
 from memplan.train.tokens import first_line
 from memplan.train.worker import out_of_memory_words
@@ -221,4 +222,4 @@ def _import_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

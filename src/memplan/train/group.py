@@ -7,9 +7,10 @@ A run of one process has a group too, `ALONE`, in which nothing is sent.
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -90,6 +91,8 @@ class Group:
 
 
 ALONE = Group()
+_has_joined = False
+"""Whether torch made a process group for this process."""
 
 
 def find_device(local_rank: int, local_world_size: int) -> torch.device:
@@ -122,7 +125,9 @@ def join(*, needs_group: bool = False) -> Group:
     Raises:
         RunError: see `find_device`.
     """
+    global _has_joined
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _has_joined = _has_joined or needs_group or world_size > 1
     rank = int(os.environ.get("RANK", "0")) if world_size > 1 else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0
     device = find_device(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
@@ -156,6 +161,19 @@ def _store(rank: int, world_size: int) -> dist.Store | None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listening: dict[str, Any] = {"master_listen_fd": int(descriptor)} if rank == 0 else {}
     return dist.TCPStore(address, port, world_size, is_master=rank == 0, **listening)
+
+
+def end_process(code: int) -> NoReturn:
+    """
+    End this process, and at once if torch made a process group for it. If others of it have gone, what waits for them
+    would never end by itself. And a thread of gloo's that lets go of its last tensor while Python shuts down is ended
+    by Python inside a destructor, which aborts a process that has done its work.
+    """
+    if not _has_joined:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -30,7 +29,7 @@ from memplan.errors import MemplanError
 from memplan.store import fingerprint, remember_run, store_path
 from memplan.train import report
 from memplan.train.advice import free_capacity, retry_command, smallest_change
-from memplan.train.group import is_lost_peer, join
+from memplan.train.group import end_process, is_lost_peer, join
 from memplan.train.kernels import attention_kernel
 from memplan.train.metrics import npt_table
 from memplan.train.output_folder import FINAL, JOB_FILE, different_fields, read_job
@@ -348,14 +347,5 @@ def _closing_lines(run: Run, seconds: float) -> list[str]:
     return lines
 
 
-def _leave(code: int) -> NoReturn:
-    """End this process at once if others of its group may be gone: what waits for them would never end by itself."""
-    if code != COMPLETED and torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    _leave(main())
+    end_process(main())
