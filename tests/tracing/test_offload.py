@@ -34,8 +34,28 @@ def test_inputs_of_blocks_come_back_for_their_recomputation(settings: dict[str, 
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"train__max_grad_norm": 1.0, "gradient_accumulation_steps": 2},
+        {"method": "lora", "optimizer_kernel": "foreach", "parallel__dp_replicate": 2},
+        {"method": "npt", "optimizer": "adafactor"},
+    ],
+    ids=str,
+)
+def test_states_on_the_host_are_not_on_the_tape(settings: dict[str, Any]) -> None:
+    both = compare(job(**settings | {"offload__optimizer": True}), CONFIGS["llama"])
+    assert_equal(both)
+    kept = compare(job(**settings), CONFIGS["llama"])
+    for offloaded, whole in ((both.shape, kept.shape), (both.trace, kept.trace)):
+        assert "optimizer" not in offloaded.categories()
+        assert "optimizer" in whole.categories()
+
+
+@pytest.mark.parametrize(
     ("model", "settings"),
     [
+        ("llama", {"offload__optimizer": True}),
+        ("gpt2", {"offload__optimizer": True, "method": "lora", "parallel__dp_replicate": 2}),
         ("llama", OFFLOAD | {"activation_checkpointing": "selective"}),
         ("gpt2", {"offload__params": True, "method": "lora"}),
         (

@@ -92,7 +92,12 @@ def _optimizer(job: Job, sizes: HostSizes) -> tuple[int, str]:
     if zero_stage(job) and job.offload.optimizer:
         return _zero_optimizer(job, sizes), "partitions of the optimizer: pinned, and the states"
     if layout(job).optimizer_on_host:
-        return sizes.trainable * _state_bytes(job) * replicas, "offloaded states"
+        states = sizes.trainable * _state_bytes(job)
+        if job.offload.params:
+            return states * replicas, "offloaded states"
+        # train/host_optimizer.py: one pinned buffer of each, where what trains has one dtype.
+        copies = 2 * pinned_bytes(sizes.trainable * _trained_itemsize(job))
+        return (states + copies) * replicas, "states, and pinned copies of weights and gradients"
     if job.optimizer.startswith("paged"):
         note = f"paged states (of tensors from {SMALL_PAGED_ELEMENTS} elements on), at worst"
         return sizes.trainable * _state_bytes(job) * replicas, note
@@ -117,6 +122,12 @@ def _zero_optimizer(job: Job, sizes: HostSizes) -> int:
 def pinned_bytes(num_bytes: int) -> int:
     """torch pins powers of two (ATen/core/CachingHostAllocator.h, allocate)."""
     return 1 << (num_bytes - 1).bit_length()
+
+
+def _trained_itemsize(job: Job) -> int:
+    """Bytes of a trained number."""
+    dtypes = {"full": job.dtype, "npt": "float32"}
+    return DTYPE_BYTES[dtypes.get(job.method, job.lora.dtype)]
 
 
 def _state_bytes(job: Job) -> int:

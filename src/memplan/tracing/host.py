@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 
 
 class HostMemory:
-    """Which storages are in host memory, and the most bytes that were at once."""
+    """
+    Which storages are in host memory, and the most bytes that were at once.
 
-    def __init__(self) -> None:
+    Args:
+        takes_copies: a copy to the CPU stays on meta, in host memory; else it is one of values, for code that reads
+            them.
+    """
+
+    def __init__(self, *, takes_copies: bool) -> None:
+        self.takes_copies = takes_copies
         self.live_bytes = self.peak_bytes = 0
         self.is_stepping = False
         """Inside the optimizer's step: it makes its counts of steps where its parameters are."""
@@ -32,6 +39,11 @@ class HostMemory:
     def holds(self, tensor: Tensor) -> bool:
         """Whether a meta tensor is in host memory."""
         return tensor.device.type == "meta" and tensor.untyped_storage()._cdata in self._held
+
+    def allocate(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """A buffer in host memory; nothing on the device is new."""
+        with _disable_current_modes():
+            return self.add(torch.empty(num_elements, dtype=dtype, device="meta"))
 
     def add(self, tensor: Tensor) -> Tensor:
         """This tensor's storage is in host memory."""
@@ -55,9 +67,11 @@ class HostMemory:
             for item in (arg if isinstance(arg, (list, tuple)) else (arg,))
             if isinstance(item, Tensor) and item.device.type == "meta"
         ]
-        if _leaves_device(func, args, kwargs):
+        if self.takes_copies and _leaves_device(func, args, kwargs):
             source = args[0]
             return self.add(torch.empty_like(source, dtype=kwargs.get("dtype") or source.dtype))
+        if func is torch.ops.aten._local_scalar_dense.default:  # a value: the recorder has an answer
+            return NotImplemented
         if not (tensors or self.is_stepping) or not all(self.holds(tensor) for tensor in tensors):
             return NotImplemented
         out = func(*args, **kwargs)

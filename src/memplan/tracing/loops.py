@@ -14,6 +14,7 @@ from memplan.tracing.hf_loop import MICRO_BATCHES, run_trainer
 from memplan.tracing.recorder import Recorder
 from memplan.train.build import Built
 from memplan.train.data import Batches
+from memplan.train.host_optimizer import HostCopies
 from memplan.train.loop import Loop
 from memplan.train.optimizer import build_optimizer
 from memplan.train.parallel import Parallel
@@ -56,7 +57,14 @@ def run_loop(job: Job, built: Built, parallel: Parallel, recorder: Recorder, num
     if job.npt.stream == "curriculum":  # what it takes at most: that of its first steps
         job = replace(job, npt=replace(job.npt, stream="teacher"))
     job = replace(job, gradient_accumulation_steps=min(job.gradient_accumulation_steps, MICRO_BATCHES))
-    optimizer = build_optimizer(job, list(parallel.trainable.values()))
+    stepped = parallel.trainable
+    copies = None
+    if recorder.host is not None and not job.offload.params:
+        copies = HostCopies(stepped, recorder.host.allocate)
+        stepped = copies.parameters
+    optimizer = build_optimizer(job, list(stepped.values()))
+    if copies is not None:
+        copies.follow(optimizer)
     named = {
         name.removeprefix("base_model.model."): parameter for name, parameter in parallel.trainable.items()
     }

@@ -104,9 +104,11 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
         if job.optimizer not in TORCH_OPTIMIZERS:
             stack.enter_context(bitsandbytes_on_meta())
         if job.offload.params:
-            recorder.host = HostMemory()
+            recorder.host = HostMemory(takes_copies=True)
             stack.enter_context(recorder.host.fetching(recorder))
         load(recorder, job, meta, on_device=on_gpu and behaviour.loads_on_device)
+        if job.offload.optimizer and on_gpu:
+            recorder.host = recorder.host or HostMemory(takes_copies=False)
         stack.enter_context(recorder.active())
         parallel = Parallel(job, meta.built, group, root=meta.root)
         finish_reductions(parallel)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memplan.job.spec import Job
+from memplan.tape.sharding import SHARDED
 from memplan.train.build import Built, build_model
 from memplan.train.data import MicroBatch
 from memplan.train.group import ALONE, Group
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
     from memplan.npt.distillation import EndToEnd
-
-SHARDED = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD")
 
 
 def is_sharded(job: Job) -> bool:

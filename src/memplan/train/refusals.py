@@ -13,6 +13,7 @@ from memplan.job.fields import field_value
 from memplan.job.spec import Job
 from memplan.model import resolve_config
 from memplan.model.config import class_name_of, is_masked_lm
+from memplan.tape.sharding import SHARDED
 from memplan.train.trackers import PACKAGES
 
 if TYPE_CHECKING:
@@ -69,15 +70,29 @@ def refuse_untrainable(job: Job) -> None:
             "set them to 1; `parallel.dp_shard` with `FULL_SHARD` spreads a model over GPUs",
         ),
         (
-            job.offload.optimizer and not job.offload.params,
-            "`offload.optimizer` without `offload.params` can be planned but not trained yet",
-            "use `--set offload.params=true`, which keeps the optimizer's states on the host as well, or "
-            "`--set optimizer=paged_adamw`, whose states go there when the GPU is full",
+            job.parallel.strategy in SHARDED and job.offload.optimizer and not job.offload.params,
+            "`offload.optimizer` alone cannot be trained with sharded weights",
+            "use `--set offload.params=true`, which keeps the optimizer's states on the host as well",
+        ),
+        (
+            job.offload.optimizer and job.optimizer not in TORCH_OPTIMIZERS,
+            f"`offload.optimizer` steps on the CPU, and `optimizer: {job.optimizer}` has no step there",
+            "use `--set optimizer=adamw`, or `--set offload.optimizer=false`",
+        ),
+        (
+            job.offload.optimizer and job.method != "npt" and "float16" in (job.autocast, job.dtype),
+            "float16 needs loss scaling, which is not done for gradients on the host",
+            "use bfloat16, or `--set offload.optimizer=false`",
         ),
         (
             sharded and job.optimizer not in ("adamw", "sgd"),
             f"`optimizer: {job.optimizer}` cannot step sharded weights",
             "use `--set optimizer=adamw`, or `--set parallel.strategy=NO_SHARD` if a whole model fits",
+        ),
+        (
+            sharded and job.optimizer == "sgd" and job.optimizer_kernel == "fused",
+            "torch's fused step of `optimizer: sgd` knows no sharded weights",
+            "use `--set optimizer_kernel=foreach`",
         ),
         (
             sharded and job.method == "qlora" and job.quantization.kbit_preparation,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from memplan.budget.result import Result
 from memplan.errors import RunError, UnknownModel
@@ -31,6 +32,7 @@ from memplan.train.documents import Reader
 from memplan.train.final_weights import complete_model, save_weights
 from memplan.train.group import Group, find_device
 from memplan.train.history import EvaluationHistory
+from memplan.train.host_optimizer import host_copies
 from memplan.train.loop import Loop
 from memplan.train.machine import describe_device, installed_versions
 from memplan.train.measure import Meter, inventory, make_meter
@@ -99,6 +101,8 @@ class Run:
         self._built: Built | None = None
         self._parallel: Parallel | None = None
         self._loop: Loop | None = None
+        self._stepped: dict[str, nn.Parameter] = {}
+        """What the optimizer steps, by the names of the model: its parameters, or copies of them on the host."""
         self._decode: Callable[[list[int]], str] | None = None
         self._gathered: list[PhasePeak] = []
         self._state = State(0, "", "", job.global_batch_size)
@@ -152,6 +156,7 @@ class Run:
     def release(self) -> None:
         """Let go of everything on the device."""
         self._loop = self._built = self._parallel = None
+        self._stepped = {}
 
     @property
     def peaks(self) -> list[PhasePeak]:
@@ -271,11 +276,17 @@ class Run:
             token_ids=tokenizer.special_ids if tokenizer.special_ids else None,
         )
         built = parallel.built
-        optimizer = build_optimizer(job, list(parallel.trainable.values()))
+        copies = host_copies(job, parallel.trainable, self.device)
+        self._stepped = copies.parameters if copies else parallel.trainable
+        optimizer = build_optimizer(job, list(self._stepped.values()))
+        if copies:
+            copies.follow(optimizer)
         base = base_fingerprint(built.model, self.group, job.parallel.dp_shard)
         self._state = State(0, samples.digest, base, job.global_batch_size)
         if checkpoint is not None:
-            self._restore(checkpoint, parallel, optimizer)
+            self._restore(checkpoint, optimizer)
+            if copies:
+                copies.bring_weights()
         self._built, self._parallel = built, parallel
         self._loop = Loop(
             job, built, optimizer, job_batches(job, samples), self.device, parallel=parallel, begin=self.begin
@@ -285,7 +296,7 @@ class Run:
         self._meter.adopt(built.model)
         return self._loop
 
-    def _restore(self, checkpoint: Checkpoint, parallel: Parallel, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
         causes = {
             "data": "the data or the tokenizer has changed",
             "base": "the base weights are not those it was trained on",
@@ -297,7 +308,7 @@ class Run:
                     f"`{checkpoint.path}` cannot be continued: {cause}",
                     hint="bring it back, or start anew with `--set train.output_dir=...`",
                 )
-        load_state(checkpoint.path, parallel.trainable, optimizer, self.group)
+        load_state(checkpoint.path, self._stepped, optimizer, self.group)
         self.saved_step = checkpoint.state.step
         self.record.update(resumed_from=checkpoint.state.step)
         say(f"continuing after step {checkpoint.state.step}")
@@ -383,7 +394,7 @@ class Run:
         assert built is not None and parallel is not None and loop is not None
 
         def write(folder: Path) -> None:
-            save_state(folder, parallel.trainable, loop.optimizer, self.group)
+            save_state(folder, self._stepped, loop.optimizer, self.group)
             if self.group.is_first:
                 loop.loss_scale.save(folder)
             if self.job.method != "full":
