@@ -39,6 +39,10 @@ class ModelError(MemplanError):
     """The model named in the job cannot be found or its config cannot be read."""
 
 
+class NoSuchAttention(ModelError):
+    """The model's class has no code for the attention that the job asks for."""
+
+
 class UnknownModel(MemplanError):
     """We know of no way to plan this architecture; a guess would cost a night of GPU time."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.budget.estimate import estimate_written
 from memplan.budget.result import Capacity, Result
-from memplan.errors import MemplanError, UnknownModel
+from memplan.errors import MemplanError, NoSuchAttention, UnknownModel
 from memplan.model import resolve_config, resolve_model
 from memplan.model.architecture import Architecture
 from memplan.tape.tape import WrittenTape
@@ -17,6 +17,7 @@ from memplan.tracing.estimate import estimate_traced, missing_software
 
 if TYPE_CHECKING:
     from memplan.job.load import LoadedJob
+    from memplan.job.spec import Job
 
 EXIT_CODES = {"fits": 0, "tight": 0, "does_not_fit": 1, "unknown": 3}
 
@@ -68,7 +69,7 @@ def plan(loaded: LoadedJob, engine: str = "auto") -> Plan:
     """
     from memplan.preflight.lints import Subject, lint
 
-    job = loaded.job
+    job, notes = loaded.job, loaded.notes
     architecture, unknown = None, None
     try:
         architecture = resolve_model(job.model, base_dir=loaded.base_dir)
@@ -83,12 +84,26 @@ def plan(loaded: LoadedJob, engine: str = "auto") -> Plan:
     if architecture is None or engine == "trace":
         config = resolve_config(job.model, base_dir=loaded.base_dir).config
         with without_compiler():
-            written, result = estimate_traced(job, config)
+            job, notes, (written, result) = _traced(loaded, config)
     else:
         written, result = estimate_written(job, architecture)
     findings = lint(Subject(job, architecture))
-    warnings = (*loaded.notes, *result.warnings, *map(str, findings))
+    warnings = (*notes, *result.warnings, *map(str, findings))
     return Plan(architecture, written, replace(result, origins=dict(loaded.origins), warnings=warnings))
+
+
+def _traced(
+    loaded: LoadedJob, config: dict[str, Any]
+) -> tuple[Job, tuple[str, ...], tuple[WrittenTape, Result]]:
+    """The job as it was traced, its notes, and what came of it: with eager attention where that is all there is."""
+    try:
+        return loaded.job, loaded.notes, estimate_traced(loaded.job, config)
+    except NoSuchAttention as error:
+        if loaded.origins["attention"] != "memplan default":
+            raise
+        job = loaded.job.replace(attention="eager")
+        notes = (*loaded.notes, f"`attention: eager`, as {error.message}")
+        return job, notes, estimate_traced(job, config)
 
 
 def against(result: Result, capacity: Capacity | None, margin: str | None = None) -> Result:

@@ -24,7 +24,7 @@ def architecture_from_config(config: Mapping[str, Any], *, name: str, source: st
     stored quantised; `ModelError`, naming the key, for a config that contradicts itself or lacks a size.
     """
     model_type = _supported_model_type(config, name)
-    _refuse_quantized(config, name)
+    refuse_quantized(config, name)
     keys = Keys(config, name, MODEL_TYPES[model_type][0])
     return Architecture(name=name, source=source, **read(model_type, keys))
 
@@ -88,7 +88,8 @@ def _text_part_hint(text_config: Any) -> str:
     )
 
 
-def _refuse_quantized(config: Mapping[str, Any], name: str) -> None:
+def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
+    """Raises `UnknownModel` for checkpoints that are stored quantised (GPTQ, AWQ, fp8, mxfp4)."""
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from memplan.budget.host import HostSizes
-from memplan.errors import ModelError, UnknownModel
+from memplan.errors import ModelError, NoSuchAttention, RunError, TraceError, UnknownModel
 from memplan.job.spec import Job
-from memplan.model.config import is_masked_lm
+from memplan.model.config import class_name_of, is_masked_lm, refuse_quantized
 from memplan.tape.encoders import refuse_for_encoder
 from memplan.tape.repeat import Selection, choose_layers
 from memplan.tape.vocabulary import resized_config
 from memplan.train.adapters import without_bitsandbytes
-from memplan.train.build import Built, _prepare, auto_class
+from memplan.train.build import Built, _prepare, auto_class, check_head, decoder_of
 from memplan.train.group import Group
 from memplan.train.offload import Mover
 from memplan.train.parallel import Step, is_sharded, shard
@@ -45,6 +45,8 @@ class MetaModel:
     """Of the whole base model."""
     largest_parameter: int
     """Elements of its largest tensor."""
+    class_name: str
+    """The class of transformers that it is of."""
 
     def sizes(self, trainable: int) -> HostSizes:
         """What host memory depends on; `trainable`: elements that train."""
@@ -87,12 +89,15 @@ def build_meta(
         whole: trace every block instead of a few that stand for the others.
 
     Raises:
-        UnknownModel: the installed transformers cannot build it.
+        UnknownModel: the installed transformers cannot build it, or its weights are stored quantised.
+        NoSuchAttention: it can, with another attention.
+        TraceError: the loop is ours, which does not train it.
         JobError: it is an encoder, and the job asks for what only decoders have.
     """
     if is_masked_lm(config):
         refuse_for_encoder(job)
     model = _base(job, resized_config(job, config))
+    name = type(model).__name__
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     largest = max(parameter.numel() for parameter in model.parameters())
     blocks = find_blocks(model)
@@ -104,7 +109,7 @@ def build_meta(
         selection = _select(job, blocks, whole=whole)
         _cut(model, blocks, selection)
         job = _renumber(job, num_layers, selection)
-    decoder = getattr(model, model.base_model_prefix)
+    decoder = decoder_of(model)
     if job.method == "qlora":
         from memplan.train.quantize import replace_linears
 
@@ -113,10 +118,11 @@ def build_meta(
         # In the order of memplan.train.build: NPT blocks are made when the rest has been cut.
         trained = model if job.method == "npt" else _prepare(job, model, mover)
         built = Built.of(job, model, trained, decoder)
+        _check_loss(job, built)
         root = _cut_to_shards(job, built, group)
         if job.method == "npt":
             _prepare(job, model)
-    return MetaModel(built, root, blocks, selection, num_layers, num_parameters, largest)
+    return MetaModel(built, root, blocks, selection, num_layers, num_parameters, largest, name)
 
 
 def _trainable(module: nn.Module) -> int:
@@ -142,19 +148,53 @@ def _base(job: Job, config: dict[str, Any]) -> Any:
             f"the installed transformers knows no model type `{model_type}`",
             hint="pip install --upgrade transformers",
         )
+    refuse_quantized(config, job.model)
     resolved = CONFIG_MAPPING[model_type].from_dict(config)
+    _check_class(job, config, resolved)
     try:
         with META, initialization.no_init_weights(), _flash_attention_allowed():
             model = auto_class(config).from_config(
                 resolved, dtype=getattr(torch, job.dtype), attn_implementation=job.attention
             )
     except (ValueError, ImportError) as error:
-        raise ModelError(
-            f"transformers cannot build `{job.model}`: {first_line(error)}",
-            hint="another attention may help: `--set attention=eager`",
-        ) from error
+        raise ModelError(f"transformers cannot build `{job.model}`: {first_line(error)}") from error
     model.tie_weights()
     return model
+
+
+def _check_class(job: Job, config: dict[str, Any], resolved: Any) -> None:
+    """Refuse what has no language-model head over its own hidden states, or not with the job's attention."""
+    models, named = auto_class(config)._model_mapping, class_name_of(config) or ""
+    elsewhere = "`memplan.trace` in Python traces a training step of any model"
+    if type(resolved) not in models:
+        raise UnknownModel(
+            f"transformers has no causal language model of the type `{resolved.model_type}`, and jobs train those",
+            hint=elsewhere,
+        )
+    if getattr(resolved, "is_encoder_decoder", False) and not named.endswith("ForCausalLM"):
+        raise UnknownModel(
+            f"`{job.model}` is an encoder with a decoder, and jobs train decoders alone", hint=elsewhere
+        )
+    built = models[type(resolved)]
+    flag = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(job.attention)
+    if flag is not None and not isinstance(built, tuple) and not getattr(built, flag, True):
+        raise NoSuchAttention(
+            f"transformers' {built.__name__} has no `attention: {job.attention}`",
+            hint="use `--set attention=eager`",
+        )
+
+
+def _check_loss(job: Job, built: Built) -> None:
+    """Our own loop takes the loss from the head's logits, which is not what every model makes of them."""
+    if job.loop != "memplan" or job.method == "npt":
+        return
+    try:
+        check_head(built, built.model.config)
+    except RunError as error:
+        raise TraceError(
+            f"`memplan train` cannot train this job: {error.message}",
+            hint="`--set loop=hf_trainer` plans it as transformers' Trainer runs it",
+        ) from error
 
 
 @contextmanager

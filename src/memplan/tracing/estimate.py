@@ -11,6 +11,7 @@ from memplan.budget.notes import attention_notes
 from memplan.budget.result import Result
 from memplan.errors import MemplanError, TraceError
 from memplan.job.spec import Job
+from memplan.model.config import class_name_of, is_supported
 from memplan.tape.tape import WrittenTape
 
 NEEDED = ("torch", "transformers", "peft")
@@ -47,16 +48,36 @@ def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -
     except MemplanError:
         raise
     except Exception as error:  # of torch, transformers, peft, or a model's own code
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TraceError(
-            f"`{job.model}` cannot be run on meta tensors: {reason}", hint="use `--engine shape`"
+            f"`{job.model}` cannot be run on meta tensors: {_reason(error)}",
+            hint="use `--engine shape`"
+            if is_supported(config)
+            else "`memplan record` measures a few real steps of it",
         ) from error
     engine = {"name": "trace", "device": device} | {name: version(name) for name in NEEDED}
     host = host_of(job, traced.sizes)
     result = summarise(traced, job, engine=engine, host=host, parameters=traced.parameters)
     return traced, result.with_warnings(
-        *attention_notes(job, traced.target), *_notes(job, traced.unknown_values)
+        *attention_notes(job, traced.target),
+        *_notes_on_class(config, traced.class_name),
+        *_notes(job, traced.unknown_values),
     )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, with its kind where that is a word alone, as `KeyError: 4`."""
+    [said, *_] = str(error).splitlines() or [""]
+    return said if " " in said else f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
+def _notes_on_class(config: dict[str, Any], traced: str) -> list[str]:
+    notes = []
+    named = class_name_of(config)
+    if config.get("architectures") and named != traced:
+        notes.append(f"the config names {named}; {traced} is traced, which is its causal language model")
+    if "vision_config" in config or "audio_config" in config:
+        notes.append("batches hold tokens alone: images and sounds are not planned")
+    return notes
 
 
 def _notes(job: Job, unknown_values: int) -> list[str]:

@@ -7,16 +7,17 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from memplan.budget.host import HostSizes
 from memplan.budget.result import ParameterCount
+from memplan.errors import MemplanError
 from memplan.job.spec import Job
 from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
-from memplan.tape.repeat import Expansion, NotRepeatable
+from memplan.tape.repeat import Expansion
 from memplan.tape.tape import Storage, Tape
 from memplan.tracing.autocast import emulated
 from memplan.tracing.build import META, build_meta
@@ -48,6 +49,8 @@ class Traced:
     """What host memory depends on."""
     target: Target
     """What attention ran on, and in which kernels."""
+    class_name: str
+    """The class of transformers that was traced."""
     unknown_values: int
     """How often the model's code looked at a value that is not known; it was told 1."""
 
@@ -78,8 +81,14 @@ def trace_job(
     """
     # DDP's buckets hold gradients of several blocks.
     if not whole and not (job.world_size > 1 and not is_sharded(job)):
-        with suppress(NotRepeatable):
+        try:
             return _trace(job, config, device, num_steps, whole=False)
+        except MemplanError:
+            raise
+        except (
+            Exception
+        ):  # blocks that are not alike (NotRepeatable), or whose code cannot do without the others
+            pass
     return _trace(job, config, device, num_steps, whole=True)
 
 
@@ -122,6 +131,7 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
         ParameterCount(total=total, trainable=trainable, active=total),
         meta.sizes(trainable),
         target,
+        meta.class_name,
         recorder.unknown_values,
     )
 

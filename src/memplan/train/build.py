@@ -164,11 +164,11 @@ def _build(
         grows=bool(job.data.special_tokens),
         watch=token_ids if job.trained_tokens and token_ids is not None else (),
     )
-    decoder = getattr(model, model.base_model_prefix)
+    decoder = decoder_of(model)
     trained = _prepare(job, model, make_mover(device), token_ids) if job.method != "npt" else model
     built = Built.of(job, model, trained, decoder)
     if job.method != "npt":
-        _check_head(built, model.config)
+        check_head(built, model.config)
     if shard is not None:
         shard(built)
         if job.method == "qlora":
@@ -221,7 +221,16 @@ def auto_class(config: dict[str, Any]) -> Any:
     return AutoModelForMaskedLM if is_masked_lm(config) else AutoModelForCausalLM
 
 
-def _check_head(built: Built, config: Any) -> None:
+def decoder_of(model: Any) -> nn.Module:
+    """What turns token ids into hidden states. The text parts of multimodal models keep the prefix of the whole."""
+    embeddings = model.get_input_embeddings()
+    decoder: nn.Module = getattr(model, model.base_model_prefix, None) or next(
+        child for child in model.children() if embeddings in child.modules()
+    )
+    return decoder
+
+
+def check_head(built: Built, config: Any) -> None:
     """The loss is taken on `head(hidden)`, in chunks on its weight: refuse models where that is not all."""
     transform = next(
         (name for name in _LOGIT_TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)), None
