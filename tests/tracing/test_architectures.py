@@ -1,4 +1,4 @@
-"""Architectures without a program: those that transformers builds otherwise than a Llama, and those that no job trains."""
+"""Architectures without a program: those that transformers builds otherwise than a Llama, and what no job trains."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LLAMA4 = {
     "num_local_experts": 4, "num_experts_per_tok": 1, **SIZES,
 }  # fmt: skip
 GEMMA4 = {
-    "model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"], "num_kv_shared_layers": 2, "global_head_dim": 16,
-    "vocab_size_per_layer_input": 1000, "hidden_size_per_layer_input": 16, "sliding_window": 32,
+    "model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"], "num_kv_shared_layers": 2,
+    "global_head_dim": 16, "vocab_size_per_layer_input": 1000, "hidden_size_per_layer_input": 16, "sliding_window": 32,
     "layer_types": ["sliding_attention", "full_attention"] * 2, **SIZES,
 }  # fmt: skip
 
@@ -73,6 +73,7 @@ def test_attention_that_a_model_lacks(tmp_path: Path) -> None:
 def test_the_text_part_of_a_multimodal_model() -> None:
     """Its decoder is not under the prefix that its class has from the whole."""
     _, result = estimate_traced(job(max_seq_len=64), LLAMA4)
+    assert any("no measured run was of Llama4ForCausalLM" in note for note in result.warnings)
     assert any("names Llama4ForConditionalGeneration; Llama4ForCausalLM" in note for note in result.warnings)
 
 

@@ -182,12 +182,46 @@ def test_the_answer_can_be_asked_printed_and_drawn(tmp_path: Path) -> None:
     [
         ({"optimizer": object()}, "no torch.optim.Optimizer"),
         ({"model": {"a": 1}}, "no torch module"),
+        ({"model": len}, "`model` is of builtin_function_or_method, which is no torch module"),
+        ({"model": "gpt2"}, "`model` is of str"),
+        ({"model": nn.DataParallel(nn.Linear(2, 2))}, "wrapped in DataParallel"),
+        ({"step": None}, "`step` is of NoneType, which cannot be called"),
         ({"device": "tpu"}, "`device` is `tpu`"),
         ({"steps": 0}, "at least one"),
     ],
 )
 def test_what_cannot_be_traced_is_said(changed: dict[str, Any], sentence: str) -> None:
     step, model, optimizer, batch = plain()
-    arguments = {"model": model, "optimizer": optimizer, "batch": batch} | changed
+    arguments = {"step": step, "model": model, "optimizer": optimizer, "batch": batch} | changed
     with pytest.raises(TraceError, match=sentence):
-        memplan.trace(step, **arguments)
+        memplan.trace(**arguments)
+
+
+def test_a_mask_selects_as_many_as_it_is_true_for() -> None:
+    """Its values come with the batch; of one that the step computes they are not known."""
+    embedding, head = nn.Embedding(50, 8), nn.Linear(8, 50)
+    labels = torch.full((4, 25), -100)
+    labels[:, :10] = 1
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        logits, keep = head(embedding(batch["ids"])), batch["labels"] != -100
+        nn.functional.cross_entropy(logits[keep], batch["labels"][keep]).backward()
+
+    batch = {"ids": torch.zeros(4, 25, dtype=torch.int64), "labels": labels}
+    traced = memplan.trace(step, [embedding, head], None, batch)
+    shapes = [traced.tape.describe(number).shape for number in range(1, len(traced.tape.categories()))]
+    assert (40, 50) in shapes and (40, 2) in shapes
+
+    def unknown(batch: dict[str, torch.Tensor]) -> None:
+        out = head(embedding(batch["ids"]))
+        out[out > 0].sum().backward()
+
+    with pytest.raises(TraceError, match="by a mask whose values only real data has"):
+        memplan.trace(unknown, [embedding, head], None, batch)
+
+    def fill(batch: dict[str, torch.Tensor]) -> None:
+        out = head(embedding(batch["ids"])).clone()
+        out[out.detach() > 0] = 0.0
+        out.sum().backward()
+
+    assert memplan.trace(fill, [embedding, head], None, batch).peak_bytes

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memplan.errors import TraceError
 from memplan.tape.backends import Call, Target
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.scratch import foreach_norm
@@ -112,6 +113,41 @@ def _nonzero(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     return out
 
 
+def _masked_index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """
+    `tensor[mask]`: a mask of bools becomes the positions where it is true, for each of its dimensions, as
+    expandTensors of aten/src/ATen/native/IndexingUtils.h does it before the kernel runs. One value that is written
+    where a mask is true needs no positions (TensorAdvancedIndexing.cpp, canDispatchToMaskedFill).
+
+    Raises:
+        TraceError: the values of the mask are not known, and so not how many elements it selects.
+    """
+    masks = [index for index in args[1] if isinstance(index, Tensor) and index.dtype in _MASKS]
+    if not masks or args[0].device.type != "meta":
+        return NotImplemented
+    writes = func._schema.name != "aten::index"
+    if writes and args[2].numel() == 1 and not any(args[3:4]):
+        return NotImplemented
+    if not all(hasattr(mask, "_shadow") or mask.device.type == "cpu" for mask in masks):
+        raise TraceError(
+            "the step selects elements by a mask whose values only real data has",
+            hint="make the mask of tensors in the batch that are small, or multiply by it instead",
+        )
+    indices: list[Tensor | None] = []
+    with recorder:
+        for index in args[1]:
+            if isinstance(index, Tensor) and index.dtype in _MASKS:
+                indices += index.nonzero().unbind(1)
+            else:
+                indices.append(index)
+        return func(
+            args[0], [None if index is None else index.to("meta") for index in indices], *args[2:], **kwargs
+        )
+
+
+_MASKS = (torch.bool, torch.uint8)
+
+
 def _fused_step(_: Recorder, __: Any, args: tuple[Any, ...], ___: dict[str, Any]) -> Any:
     return None if args[0][0].device.type == "meta" else NotImplemented
 
@@ -190,9 +226,13 @@ def _in_place(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     Gradients of gathers are written into zeros in place, but not under a dispatch mode (FunctionsManual.cpp,
     index_backward and value_selecting_reduction_backward).
     """
+    name = func._schema.name
+    if name == "aten::index_put":
+        masked = _masked_index(recorder, func, args, kwargs)
+        if masked is not NotImplemented:
+            return masked
     if torch.is_grad_enabled() or not called_by_engine():
         return NotImplemented
-    name = func._schema.name
     if recorder.kernel_scratch and name in SCRATCH:
         recorder.scratch(SCRATCH[name](*args, **kwargs), name.removeprefix("aten::"))
     return getattr(aten, f"{name.removeprefix('aten::')}_")(*args, **kwargs)
@@ -209,6 +249,7 @@ def handlers(sole_tensor: int, sole_storage: int) -> dict[str, Handler]:
     table["aten::_scaled_dot_product_cudnn_attention"] = _cudnn_forward
     table["aten::_grouped_mm"] = _grouped_product
     table["aten::nonzero"] = _nonzero
+    table["aten::index"] = table["aten::_index_put_impl_"] = table["aten::index_put_"] = _masked_index
     table["aten::_safe_softmax"] = _safe_softmax
     table["bitsandbytes::gemm_4bit"] = _packed_product
     table["aten::add"] = accumulation(sole_tensor, sole_storage)

@@ -72,6 +72,8 @@ def _reason(error: Exception) -> str:
 
 def _notes_on_class(config: dict[str, Any], traced: str) -> list[str]:
     notes = []
+    if not is_supported(config):
+        notes.append(f"no measured run was of {traced}: the error band is that of other architectures")
     named = class_name_of(config)
     if config.get("architectures") and named != traced:
         notes.append(f"the config names {named}; {traced} is traced, which is its causal language model")

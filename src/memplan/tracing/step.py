@@ -37,6 +37,8 @@ from memplan.tracing.user_code import all_finite, devices_are_meta, followed_imp
 
 Step = Callable[[Any], Any]
 
+_OVER_DEVICES = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 @dataclass(frozen=True)
 class Trace(Answer):
@@ -92,7 +94,7 @@ def trace(
         Whatever `step` raises, as it is.
     """
     models, optimizers = _named_models(model), _listed(optimizer)
-    _check(optimizers, device, steps)
+    _check(step, models, optimizers, device, steps)
 
     def run(recorder: Recorder, phases: StepPhases) -> None:
         _run(step, batch, recorder, phases, steps)
@@ -248,6 +250,11 @@ def _named_models(model: Any) -> dict[str, nn.Module]:
     """By prefix of the names of what is in them; one model alone needs none."""
     if isinstance(model, nn.Module):
         return {"": model}
+    if not isinstance(model, (Mapping, Sequence)) or isinstance(model, str):
+        raise TraceError(
+            f"`model` is of {type(model).__name__}, which is no torch module",
+            hint="give a module, a dict of modules by name, or a list of them",
+        )
     items = model.items() if isinstance(model, Mapping) else enumerate(model)
     named = {f"{name}.": item for name, item in items}
     wrong = next((item for item in named.values() if not isinstance(item, nn.Module)), None)
@@ -265,7 +272,21 @@ def _listed(optimizer: Any) -> list[torch.optim.Optimizer]:
     return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
 
 
-def _check(optimizers: Sequence[Any], device: str, steps: int) -> None:
+def _check(
+    step: Any, models: dict[str, nn.Module], optimizers: Sequence[Any], device: str, steps: int
+) -> None:
+    if not callable(step):
+        raise TraceError(
+            f"`step` is of {type(step).__name__}, which cannot be called",
+            hint="give a function of the batch that makes one training step",
+        )
+    wrapped = next((item for item in models.values() if isinstance(item, _OVER_DEVICES)), None)
+    if wrapped is not None:
+        raise TraceError(
+            f"the model is wrapped in {type(wrapped).__name__}, which holds more than the model, and a traced step is "
+            "of one device",
+            hint="trace its `.module`, and add the bytes of the gradients for the buckets of DistributedDataParallel",
+        )
     wrong = next((item for item in optimizers if not isinstance(item, torch.optim.Optimizer)), None)
     if wrong is not None:
         raise TraceError(

@@ -41,8 +41,16 @@ def _redirected(value: Any) -> Any:
 @contextmanager
 def devices_are_meta(device: str) -> Iterator[None]:
     """`.to("cuda")`, `.cuda()` and `device="cuda"` give meta tensors; for `cpu` so does what names no device."""
-    with _ToMeta(), META if device == "cpu" else nullcontext():
+    with _ToMeta(), replaced(_WITHOUT_A_DRIVER), META if device == "cpu" else nullcontext():
         yield
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+_WITHOUT_A_DRIVER = [(torch.cuda, name, _nothing) for name in ("synchronize", "empty_cache", "ipc_collect")]
+"""What waits or tidies up, which a step on meta tensors has no need of; a torch without CUDA would raise."""
 
 
 def torch_functions() -> dict[int, tuple[Any, Any, str]]:
