@@ -62,16 +62,19 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"dtype": "float32", "autocast": "bfloat16", "loop": "script"}),
     ("gpt_neox", {"method": "lora", CKPT: "full"}),
     ("mixtral", {"method": "lora", "loop": "script"}),
+    ("falcon", {"attention": "eager"}),
+    ("falcon", {"dtype": "float32", "autocast": "bfloat16", "loop": "script"}),
+    ("falcon, grouped", {"method": "lora", CKPT: "full"}),
+    ("falcon, grouped", {"attention": "flash_attention_2", "dtype": "float32", "autocast": "float16"}),
+    ("gpt_bigcode", {"attention": "eager", CKPT: "full"}),
+    ("gpt_bigcode", {"method": "lora", "loop": "script"}),
+    ("gpt2", {"attention_kernel": "math", "method": "lora"}),
     ("bert", {"dtype": "float32", "autocast": "float16", "attention": "eager", "loop": "script"}),
     ("bert", {"method": "lora", HEADS: "[query,value]", CKPT: "full"}),
     ("bert", {"method": "lora", "attention": "eager", "data__special_tokens": "[<a>,<b>]"}),
 ]
 
 NEARLY: list[tuple[str, dict[str, Any]]] = [
-    ("falcon", {"attention": "eager"}),
-    ("falcon", {"method": "lora", CKPT: "full"}),
-    ("gpt_bigcode", {"attention": "eager", CKPT: "full"}),
-    ("gpt_bigcode", {"method": "lora", "loop": "script"}),
     ("llama", {"method": "qlora"}),
     ("gemma3", {"method": "qlora", CKPT: "full"}),
     ("bert", {"loop": "hf_trainer", "method": "lora", "attention": "eager"}),
@@ -129,7 +132,7 @@ def test_in_real_sizes(model: str, fields: dict[str, Any]) -> None:
 
 FAMILIES = sorted(set(CONFIGS) - {model for model, _ in NEARLY} | {"llama", "gemma3"})
 NPT_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-WITHOUT_PROJECTIONS = ("gpt2", "gpt_neox", "phi3")
+WITHOUT_PROJECTIONS = ("falcon", "falcon, grouped", "gpt2", "gpt_bigcode", "gpt_neox", "phi3")
 """Models whose query, key and value are one product."""
 
 

@@ -94,10 +94,8 @@ def attention(
     if (repeated or masked) and told_of_groups and groups > 1:
         key, value = repeat_heads(g, key, groups), repeat_heads(g, value, groups)
         groups = 1
-    dtype = g.autocast or query.dtype
     is_package = implementation == "flash_attention_2" and g.device == "cuda"
-    if is_package and dtype == "float32":
-        dtype = "bfloat16"  # fa_peft_integration_check: float32 norms of k-bit preparation made it float32
+    dtype = package_dtype(g, query) if is_package else g.autocast or query.dtype
     kernel = "package"
     if is_package:
         low_query, low_key, low_value = cast(g, query, dtype), cast(g, key, dtype), cast(g, value, dtype)
@@ -115,12 +113,25 @@ def attention(
             )
         )
     if kernel == "math":
-        return run_math(g, low_query, low_key, low_value, probability, masked, told_of_groups, causal=causal)
+        out = run_math(g, low_query, low_key, low_value, probability, masked, told_of_groups, causal=causal)
+        del low_query, low_key, low_value
+        merged = merged_copy(g, out)
+        del out
+        return merged
     if padded and groups > 1 and told_of_groups:
         low_key, low_value = repeat_heads(g, low_key, groups), repeat_heads(g, low_value, groups)
     out = run_kernel(g, kernel, low_query, low_key, low_value, masked=padded)
     del low_query, low_key, low_value
     return merge_heads(g, out)
+
+
+def package_dtype(g: Graph, query: Tensor) -> str:
+    """
+    What the flash-attn package is given: float32 norms of k-bit preparation make queries float32, which it does not
+    take (transformers/modeling_flash_attention_utils.py, fa_peft_integration_check).
+    """
+    dtype = g.autocast or query.dtype
+    return "bfloat16" if dtype == "float32" else dtype
 
 
 def _eager(

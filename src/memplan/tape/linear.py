@@ -37,6 +37,8 @@ class Linear:
     dtype: str = "bfloat16"
     conv: bool = False
     """transformers' Conv1D: addmm itself, its arguments in that order."""
+    transposes: bool = False
+    """Falcon's `input @ weight.T`: autocast keeps casts of leaves, not of views."""
     quantized: bool = False
     double_quant: bool = False
     held: list[Tensor] = field(default_factory=list)
@@ -62,16 +64,17 @@ class Linear:
         return self.bias is None and self.adapter is None and not self.quantized
 
 
-def autocast_to(g: Graph, tensor: Tensor) -> Tensor:
+def autocast_to(g: Graph, tensor: Tensor, *, keeps: bool = True) -> Tensor:
     """
-    Autocast's cast of an argument; float32 leaves that train are cast once and kept until autocast ends.
+    Autocast's cast of an argument; float32 leaves that train are cast once and kept until autocast ends. Not `keeps`:
+    the argument is a view of the leaf.
 
     (aten/src/ATen/autocast_mode.cpp, cached_cast)
     """
     dtype = g.autocast
     if dtype is None or tensor.dtype not in ("float32", "float16", "bfloat16"):
         return tensor
-    if isinstance(tensor, Parameter) and tensor.needs_grad and tensor.dtype == "float32":
+    if keeps and isinstance(tensor, Parameter) and tensor.needs_grad and tensor.dtype == "float32":
         if id(tensor) not in g.autocast_cache:
             g.autocast_cache[id(tensor)] = (tensor.layer, cast(g, tensor, dtype))
         return g.autocast_cache[id(tensor)][1]
@@ -79,7 +82,14 @@ def autocast_to(g: Graph, tensor: Tensor) -> Tensor:
 
 
 def matmul(
-    g: Graph, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, *, conv: bool = False
+    g: Graph,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    *,
+    conv: bool = False,
+    transposes: bool = False,
 ) -> Tensor:
     """
     x (..., in) times a weight of any orientation: (..., out). The compiler evaluates autocast's arguments from the last
@@ -87,7 +97,7 @@ def matmul(
     """
     if bias is not None and not conv:
         bias = autocast_to(g, bias)
-    weight = autocast_to(g, weight)
+    weight = autocast_to(g, weight, keeps=not transposes)
     x = autocast_to(g, x)
     if bias is not None and conv:
         bias = autocast_to(g, bias)
@@ -204,7 +214,7 @@ def _base(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     bias = (
         layer.bias if layer.rows is None else None
     )  # peft takes the weight alone (trainable_tokens/layer.py)
-    return matmul(g, x, weight, bias, layer.out_features, conv=layer.conv)
+    return matmul(g, x, weight, bias, layer.out_features, conv=layer.conv, transposes=layer.transposes)
 
 
 def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tensor:

@@ -112,6 +112,7 @@ class Builder:
             weight=None,
             dtype=job.dtype,
             conv=spec.transposed,
+            transposes=self.architecture.family == "falcon" and layer is not None,
             quantized=quantized,
             double_quant=job.quantization.double_quant,
         )
@@ -166,13 +167,13 @@ class Builder:
                 name="room for the model's weights",
             )
         buffers = {}
-        if modules.buffers_first:
-            buffers = self.buffers()
         tokens, *positions = modules.before
         outside = self.outer((tokens,))
         embedding = next(iter(outside.values()))
         self.keep_rows(embedding)
         outside |= self.outer(tuple(positions))
+        if modules.buffers_before_blocks:
+            buffers = self.buffers()
         blocks = [self.block(layer, layer in checkpointed) for layer in self.layers]
         g.begin("load_rest")
         *others, head_module = modules.after
@@ -182,7 +183,7 @@ class Builder:
                 linears[module.name] = self.linear(linear_spec(module), None, "")
             else:
                 outside |= self.outer((module,))
-        if not modules.buffers_first:
+        if not modules.buffers_before_blocks:
             buffers = self.buffers()
         spec = linear_spec(head_module)
         head = Linear(spec.path, spec.in_features, spec.out_features, embedding, dtype=self.job.dtype)

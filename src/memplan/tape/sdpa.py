@@ -228,7 +228,7 @@ def run_math(
     groups = heads // key.shape[1]
     if groups > 1 and told_of_groups:
         key, value = repeat_heads(g, key, groups), repeat_heads(g, value, groups)
-    scores = batched_matmul(g, scaled_query, scale(g, key, "scaled key"), length)
+    scores = batched_matmul(g, scaled_query, scale(g, key, "scaled key"), length, columns_first=True)
     scores = _safe_softmax(g, scores)
     scores = dropout(g, scores, probability)
     # The weights are returned too, in the dtype of the query, and dropped.
@@ -238,7 +238,7 @@ def run_math(
     out = cast(g, batched_matmul(g, scores, value, head_dim), dtype)
     g.autocast = outer
     del scores, key, value, scaled_query, mask, query, returned
-    return merged_copy(g, out)
+    return out
 
 
 def _safe_softmax(g: Graph, scores: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memplan.tape.engine import Graph
 from memplan.tape.ops import alias
+from memplan.tape.scratch import index_put_accumulate
 from memplan.tape.tensors import Gradients, Node, Shape, Tensor
 
 
@@ -45,23 +46,39 @@ def _regrouped_backward(
 def chosen_heads(g: Graph, x: Tensor, count: int, *, copied: bool) -> Tensor:
     """
     `count` of the R rows of each group in (B, S, G, R, D), as heads (B, G * count, S, D): a slice, or, by a list of
-    indices, a copy. Backward writes the gradient into zeros of x's size.
+    indices, which becomes a tensor on the device, a copy. Backward writes the gradient into zeros of x's size.
     """
     batch, length, groups, _, head_dim = x.shape
     shape = (batch, groups * count, length, head_dim)
-    if copied:
-        out = g.new(shape, x.dtype, "chosen heads", transposed=groups > 1)
-    else:
+    if not copied:
         out = alias(x, shape, transposed=True)
-    if g.needs(x):
-        g.record(out, (x,), [], _chosen_heads_backward, x.shape)
+        if g.needs(x):
+            g.record(out, (x,), [], _sliced_heads_backward, x.shape)
+        return out
+    indices = g.new((count,), "int64", "chosen heads")
+    saved = g.save(indices) if g.needs(x) else None
+    out = g.new(shape, x.dtype, "chosen heads", transposed=groups > 1)
+    if saved is not None:
+        g.record(out, (x,), saved, _chosen_heads_backward, x.shape)
     return out
 
 
-def _chosen_heads_backward(
+def _sliced_heads_backward(
     g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
 ) -> Gradients:
     return [g.new(node.extra, gradients[0].dtype, "grad of all heads")]
+
+
+def _chosen_heads_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
+    """index_put with accumulation into zeros; on CUDA it sorts the indices first."""
+    indices = saved[0]
+    assert indices is not None
+    out = g.new(node.extra, gradients[0].dtype, "grad of all heads")
+    if g.device == "cuda":
+        g.scratch(*index_put_accumulate(indices.shape[0]), name="index_put")
+    return [out]
 
 
 def spread_heads(g: Graph, x: Tensor, times: int) -> Tensor:
@@ -95,3 +112,19 @@ def _add_in_place_backward(
     g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
 ) -> Gradients:
     return [gradients[0] if edge is not None else None for edge in node.edges]
+
+
+def divide_in_place(g: Graph, x: Tensor) -> Tensor:
+    """`x /= 2.0`"""
+    out = alias(x)
+    out.view = x.view
+    if g.needs(x):
+        g.record(out, (x,), [], _divide_in_place_backward)
+    return out
+
+
+def _divide_in_place_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
+    gradient = gradients[0]
+    return [g.new(gradient.shape, gradient.dtype, "divided grad", transposed=gradient.transposed)]

@@ -113,8 +113,11 @@ def _nonzero(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     return out
 
 
-def _masked_index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
+    `tensor[[0, 1]]`: a list becomes a tensor on the device before any mode sees it (python_variable_indexing.cpp,
+    sequenceToVariable).
+
     `tensor[mask]`: a mask of bools becomes the positions where it is true, for each of its dimensions, as
     expandTensors of aten/src/ATen/native/IndexingUtils.h does it before the kernel runs. One value that is written
     where a mask is true needs no positions (TensorAdvancedIndexing.cpp, canDispatchToMaskedFill).
@@ -122,8 +125,13 @@ def _masked_index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: 
     Raises:
         TraceError: the values of the mask are not known, and so not how many elements it selects.
     """
+    if args[0].device.type != "meta":
+        return NotImplemented
     masks = [index for index in args[1] if isinstance(index, Tensor) and index.dtype in _MASKS]
-    if not masks or args[0].device.type != "meta":
+    if not masks:
+        for index in args[1]:
+            if isinstance(index, Tensor):
+                recorder.see(index, "index")
         return NotImplemented
     writes = func._schema.name != "aten::index"
     if writes and args[2].numel() == 1 and not any(args[3:4]):
@@ -249,7 +257,7 @@ def handlers(sole_tensor: int, sole_storage: int) -> dict[str, Handler]:
     table["aten::_scaled_dot_product_cudnn_attention"] = _cudnn_forward
     table["aten::_grouped_mm"] = _grouped_product
     table["aten::nonzero"] = _nonzero
-    table["aten::index"] = table["aten::_index_put_impl_"] = table["aten::index_put_"] = _masked_index
+    table["aten::index"] = table["aten::_index_put_impl_"] = table["aten::index_put_"] = _index
     table["aten::_safe_softmax"] = _safe_softmax
     table["bitsandbytes::gemm_4bit"] = _packed_product
     table["aten::add"] = accumulation(sole_tensor, sole_storage)

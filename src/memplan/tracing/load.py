@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,12 @@ def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = Fal
     if on_device:
         recorder.scratch((_checkpoint_bytes(job, meta, places),), "room for the model's weights")
     adapters = []
-    for module, place in places.items():
+    for module, is_left in _visits(model, set()):
+        place = places[module]
+        if is_left:
+            for name, buffer in module.named_buffers(recurse=False):
+                recorder.adopt(buffer, "weights", _where(place, name), place.layer)
+            continue
         if job.method == "qlora" and hasattr(module, "pack_weight"):
             _pack(recorder, module, place)
         for name, parameter in module.named_parameters(recurse=False):
@@ -39,8 +45,6 @@ def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = Fal
                 adapters.append((held, _where(place, name), place.layer))
             else:
                 recorder.adopt(held, "weights", _where(place, name), place.layer)
-        for name, buffer in module.named_buffers(recurse=False):
-            recorder.adopt(buffer, "weights", _where(place, name), place.layer)
     if job.method == "qlora" and job.quantization.kbit_preparation:
         from memplan.train.quantize import prepare_kbit
 
@@ -48,6 +52,20 @@ def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = Fal
             prepare_kbit(model)
     for parameter, where, layer in adapters:
         recorder.adopt(parameter, "adapters", where, layer)
+
+
+def _visits(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module, bool]]:
+    """
+    Modules as they are entered, in the order of a checkpoint's parameters, and as they are left (True), in the order
+    in which transformers initialises them, which is when buffers that no checkpoint holds are made.
+    """
+    if module in seen:
+        return
+    seen.add(module)
+    yield module, False
+    for child in module.children():
+        yield from _visits(child, seen)
+    yield module, True
 
 
 def _checkpoint_bytes(job: Job, meta: MetaModel, places: dict[nn.Module, Place]) -> int:

@@ -56,7 +56,8 @@ def stand_ins(recorder: Recorder, job: Job) -> Iterator[None]:
 # flash-attn
 
 
-def _flash_attention(recorder: Recorder) -> Any:
+@contextmanager
+def _flash_attention(recorder: Recorder) -> Iterator[None]:
     import transformers.modeling_flash_attention_utils as module
 
     def flash_attn_func(
@@ -80,7 +81,15 @@ def _flash_attention(recorder: Recorder) -> Any:
         return flash_attn_func, flash_attn_varlen_func, None, module._pad_input, module._unpad_input
 
     # What the module has loaded it keeps in globals of its own, which are put back with the rest.
-    return patch.multiple(module, _lazy_imports=imports, _loaded_implementation=None)
+    with ExitStack() as stack:
+        stack.enter_context(patch.multiple(module, _lazy_imports=imports, _loaded_implementation=None))
+        module.lazy_import_flash_attention("flash_attention_2")  # as transformers does when it loads a model
+        for name, family in list(sys.modules.items()):
+            # Of some families (Falcon, GPT-J) the module takes the function only where flash-attn is installed.
+            if name.startswith("transformers.models.") and hasattr(family, "is_flash_attn_available"):
+                forward = module._flash_attention_forward
+                stack.enter_context(patch.object(family, "_flash_attention_forward", forward, create=True))
+        yield
 
 
 class _FlashAttention(Function):
@@ -107,7 +116,7 @@ class _FlashAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors[:3]
+        q, k, v, *_others = ctx.saved_tensors  # as the package does, which holds all of them until it is done
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         gradient = gradients[0]
         if ctx.head_dim % 8:

@@ -74,7 +74,7 @@ def layout(architecture: Architecture) -> Layout:
             Module("cls.predictions.transform.LayerNorm", "norm", (width,), bias=True),
             Module("cls.predictions.decoder", "head", (vocab_size, width), bias=True),
         ),
-        buffers_first=True,
+        buffers_before_blocks=True,
         head_bias="cls.predictions.bias",
         buffers=(
             Buffer("bert.embeddings.position_ids", (1, positions), "int64", None),

@@ -53,7 +53,7 @@ class Layout:
     after: tuple[Module, ...]
     buffers: tuple[Buffer, ...] = ()
     """Tensors on the device that are no parameters."""
-    buffers_first: bool = False
+    buffers_before_blocks: bool = False
     """They belong to the first modules, not to one behind the blocks."""
     head_bias: str = ""
     """The bare parameter that a tied head has for its bias."""

@@ -20,18 +20,21 @@ Heads = Callable[[Graph, Model, Block, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings, *, heads: Heads | None = None) -> Tensor:
-    """`heads`: those of another family; its softmax is in float32."""
+    """`heads`: those of GPT-BigCode, whose softmax is in float32, and whose mask comes before the positions."""
     architecture = model.architecture
+    mask_first = heads is not None
     with g.module("transformer"):
         with g.module("wte"):
             inputs_embeds = embedding(g, ids, model.current_embedding(g))
         if settings.behaviour.input_gradients:
             inputs_embeds = leaf(inputs_embeds, settings)
         position_ids = positions(g, ids.shape[1], settings)
+        mask = attention_mask(g, ids.shape, inputs_embeds.dtype, settings) if mask_first else None
         with g.module("wpe"):
             position_embeds = embedding(g, position_ids, model.outside["transformer.wpe.weight"])
         hidden = add(g, inputs_embeds, position_embeds, "embeddings")
-        mask = attention_mask(g, ids.shape, hidden.dtype, settings)
+        if not mask_first:
+            mask = attention_mask(g, ids.shape, hidden.dtype, settings)
         hidden = dropout(g, hidden, architecture.embedding_dropout)
         with g.module("h"):
             held = [hidden]
