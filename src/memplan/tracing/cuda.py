@@ -236,7 +236,7 @@ def _in_place(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     """
     name = func._schema.name
     if name == "aten::index_put":
-        masked = _masked_index(recorder, func, args, kwargs)
+        masked = _index(recorder, func, args, kwargs)
         if masked is not NotImplemented:
             return masked
     if torch.is_grad_enabled() or not called_by_engine():
