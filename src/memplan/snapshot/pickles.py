@@ -64,7 +64,9 @@ def load_plain(path: Path) -> Any:
             hint="it could run code of its author when loaded; do not open it",
         ) from None
     except Exception as error:  # a damaged pickle can end in an error of any kind
-        raise SnapshotError(f"`{path}` is no pickle that can be read: {error}", hint=_HOW) from error
+        raise SnapshotError(
+            f"`{path}` is no pickle that can be read: {str(error) or type(error).__name__}", hint=_HOW
+        ) from error
 
 
 class Fields:
