@@ -38,8 +38,8 @@ def _agreeing(job: Job) -> Job:
     changes: dict[str, Any] = {}
     if job.train.warmup_ratio is not None:
         changes["train.warmup_steps"] = 0
-    if job.npt.sample_tokens >= job.max_seq_len:
-        changes["npt.samples"] = 0
+    if job.train.sample_tokens >= job.max_seq_len:
+        changes["train.sample_prompts"] = 0
     if job.npt.target == "all" and job.npt.variant == "diag":
         changes["npt.target"] = "gate_up"
     if "lm_head" not in job.quantization.skip:

@@ -11,7 +11,7 @@ from memplan.budget.estimate import estimate
 from memplan.budget.result import Result
 from memplan.errors import JobError
 from memplan.job.check import check_job, notes_on
-from memplan.job.spec import Job, Npt, Quantization
+from memplan.job.spec import Job, Npt, Quantization, Train
 from memplan.model.config import architecture_from_config
 
 LLAMA = {
@@ -89,17 +89,21 @@ def test_settings_of_the_other_variant_are_idle():
     job = Job(model="tiny", method="npt", npt=Npt(variant="outer"))
     (note,) = notes_on(job, ["npt.modulation_scale", "npt.components"])
     assert "`npt.modulation_scale` has no effect" in note
-    linear = Job(model="tiny", method="npt", npt=Npt(variant="linear", samples=2))
-    notes = notes_on(linear, ["npt.modulation_scale", "npt.components", "npt.temperature", "npt.samples"])
-    assert len(notes) == 4
+    linear = Job(model="tiny", method="npt", npt=Npt(variant="linear"))
+    notes = notes_on(linear, ["npt.modulation_scale", "npt.components", "npt.temperature"])
+    assert len(notes) == 3
+    asks = linear.replace(**{"train.sample_prompts": 2})
+    assert "`data.eval`" in notes_on(asks, ["train.sample_prompts"])[0]
 
 
 def test_what_cannot_be_is_refused():
     """A diagonal core that reads the last matrix's input; a share above 1; more new tokens than there is room for."""
+    train = Train(sample_prompts=1, sample_tokens=64)
+    (conflict,) = check_job(Job(model="tiny", max_seq_len=64, train=train))
+    assert "train.sample_tokens" in conflict.fields
     for npt, field in (
         (Npt(target="all"), "npt.target"),
         (Npt(objective="end_to_end", logits_weight=1.5), "npt.logits_weight"),
-        (Npt(samples=1, sample_tokens=64), "npt.sample_tokens"),
     ):
         (conflict,) = check_job(Job(model="tiny", method="npt", max_seq_len=64, npt=npt))
         assert field in conflict.fields

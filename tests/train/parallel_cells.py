@@ -160,8 +160,10 @@ def resumable_job(root: Path, name: str, method: str = "lora", strategy: str = "
         lora__dropout=0.1,
         train__max_steps=6,
         train__save_every=2,
+        train__sample_prompts=1,
+        train__sample_tokens=3,
         train__output_dir=str(root / name),
-    ).replace(**STRATEGIES.get(strategy, {}))
+    ).replace(**STRATEGIES.get(strategy, {}), **{"data.eval": str(root / "train.jsonl")})
 
 
 def run_together(

@@ -14,7 +14,7 @@ pytest.importorskip("bitsandbytes")
 from tiny_runs import GPT2, LLAMA, losses, model_folder, prepared, tiny_job
 
 from memplan.job.load import load_job
-from memplan.job.spec import Job
+from memplan.job.spec import Job, Train
 from memplan.train.record import Record, read_metrics_lines
 from memplan.train.worker import run_job
 
@@ -97,45 +97,71 @@ def test_end_to_end_training_runs_and_resumes(tmp_path: Path) -> None:
     assert losses(Path(halved.train.output_dir)) == losses(whole)
 
 
+@pytest.mark.parametrize("method", ["npt", "lora"])
 def test_samples_are_what_transformers_would_generate(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """Both continuations of every prompt are greedy generation's, and are in the log."""
+    """Every continuation is greedy generation's, without dropout, and in the log; NPT has two of each prompt."""
     import torch
 
     from memplan.npt import npt_blocks, set_mode
-    from memplan.train import npt_samples
+    from memplan.train import continuations as module
 
     checked = []
 
-    def check(job: Job, parallel: Any, samples: Any, decode: Any) -> list[npt_samples.Continuation]:
+    def check(job: Job, parallel: Any, samples: Any, decode: Any) -> list[module.Continuation]:
         model = parallel.built.model
-        for block in npt_blocks(model):
+        for block in npt_blocks(model) if method == "npt" else ():
             torch.nn.init.normal_(block.np.B, std=0.5)
         found = continuations(job, parallel, samples, decode)
-        for prompt, one in zip(npt_samples.prompts(job, samples), found, strict=True):
-            for mode in npt_samples.MODES:
-                set_mode(model, mode)
+        was_training = model.training
+        model.eval()
+        for prompt, one in zip(module.prompts(job, samples), found, strict=True):
+            for who, text in one.texts.items():
+                if method == "npt":
+                    set_mode(model, who)
                 ids = torch.tensor([prompt])
                 out = model.generate(
-                    ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None
+                    input_ids=ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None
                 )
-                assert decode(out[0, len(prompt) :].tolist()) == getattr(one, mode)
+                assert decode(out[0, len(prompt) :].tolist()) == text
             checked.append(one)
+        model.train(was_training)
         return found
 
-    continuations = npt_samples.continuations
-    monkeypatch.setattr(npt_samples, "continuations", check)
-    changes = {"npt__samples": 3, "npt__sample_tokens": 6, "npt__modulation_scale": 3.0}
-    job = tiny_job(tmp_path, "npt", train__max_steps=1, **changes)
+    continuations = module.continuations
+    monkeypatch.setattr(module, "continuations", check)
+    changes = {"train__sample_prompts": 3, "train__sample_tokens": 6, "npt__modulation_scale": 3.0}
+    job = tiny_job(tmp_path, method, train__max_steps=1, lora__dropout=0.5, **changes)
 
     assert run_job(prepared(job.replace(**{"data.eval": job.data.train}))) == 0
 
-    assert len(checked) == 3
-    assert any(one.base != one.npt for one in checked)
+    names = ["base", "npt"] if method == "npt" else ["model"]
+    assert [list(one.texts) for one in checked] == [names] * 3
+    assert method != "npt" or any(one.texts["base"] != one.texts["npt"] for one in checked)
     lines = capfd.readouterr().err.splitlines()
     assert sum(line.startswith("sample ") for line in lines) == 3
-    assert sum(line.startswith(("  base: ", "  npt:  ")) for line in lines) == 6
+    assert sum(line.split(":")[0].strip() in names for line in lines) == 3 * len(names)
+
+
+def test_a_prompt_ends_where_the_loss_begins() -> None:
+    """That of a row with a prompt is the prompt; of text, the first half of the first document."""
+    from memplan.train.continuations import prompts
+    from memplan.train.samples import MASKED, START, Samples
+
+    rows = [
+        [1 | START | MASKED, 2 | MASKED, 3, 4, 5, 6],
+        [1 | START, 2, 3, 4, 5 | START, 6, 7, 8],
+        [1 | START, 2, 3, 4, 5, 6, 7, 8],
+        [1 | START],
+    ]
+    offsets = [sum(map(len, rows[:count])) for count in range(len(rows) + 1)]
+    samples = Samples(
+        tokens=[token for row in rows for token in row], offsets=offsets, targets=[1] * len(rows), digest=""
+    )
+    train = Train(sample_prompts=9, sample_tokens=5)
+
+    assert prompts(Job(model="tiny", max_seq_len=8, train=train), samples) == [[1, 2], [1, 2], [1, 2, 3], [1]]
 
 
 @pytest.mark.parametrize(("name", "config"), [("npt-gpt2", GPT2), ("npt-llama-8b", LLAMA)])

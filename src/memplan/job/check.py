@@ -36,7 +36,7 @@ def check_job(job: Job) -> list[Conflict]:
         _check_offload,
         _check_npt_layers,
         _check_npt_objective,
-        _check_npt_samples,
+        _check_sample_prompts,
         _check_npt_target,
         _check_lora,
         _check_special_tokens,
@@ -67,8 +67,8 @@ def notes_on(job: Job, given: Collection[str]) -> tuple[str, ...]:
                 f"{listed(idle, 'and')} {has} no effect with `method: {job.method}`; "
                 f"only {listed(methods, 'and')} {'uses' if len(methods) == 1 else 'use'} `{section}`"
             )
-    if job.method == "npt" and job.npt.samples and job.data.eval is None and "npt.samples" in given:
-        notes.append("`npt.samples` has no effect without `data.eval`")
+    if job.train.sample_prompts and job.data.eval is None and "train.sample_prompts" in given:
+        notes.append("`train.sample_prompts` has no effect without `data.eval`")
     ends = job.npt.objective == "end_to_end"
     names = ("npt.stream", "npt.curriculum_steps") if ends else ("npt.logits_weight", "npt.temperature")
     idle = [name for name in names if name in given]
@@ -174,14 +174,14 @@ def _check_npt_target(job: Job) -> Iterator[Conflict]:
         )
 
 
-def _check_npt_samples(job: Job) -> Iterator[Conflict]:
-    npt = job.npt
-    if job.method == "npt" and npt.samples and npt.sample_tokens >= job.max_seq_len:
+def _check_sample_prompts(job: Job) -> Iterator[Conflict]:
+    train = job.train
+    if train.sample_prompts and train.sample_tokens >= job.max_seq_len:
         yield Conflict(
-            ("npt.sample_tokens", "max_seq_len"),
-            f"`npt.sample_tokens` is {npt.sample_tokens}, and a prompt and its continuation have `max_seq_len` "
+            ("train.sample_tokens", "max_seq_len"),
+            f"`train.sample_tokens` is {train.sample_tokens}, and a prompt and its continuation have `max_seq_len` "
             f"{job.max_seq_len} tokens at most",
-            f"set `npt.sample_tokens: {max(1, job.max_seq_len // 2)}`",
+            f"set `train.sample_tokens: {max(1, job.max_seq_len // 2)}`",
         )
 
 

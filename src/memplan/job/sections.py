@@ -126,12 +126,6 @@ class Npt:
     regularization: float = setting(
         0.01, "Weight of the mean squared Frobenius norm of the deltas in the loss", minimum=0
     )
-    samples: int = setting(
-        0,
-        "Prompts of `data.eval` that base and NPT model continue in the log, at every evaluation",
-        minimum=0,
-    )
-    sample_tokens: int = setting(32, "Tokens that each of `npt.samples` is continued by", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +254,10 @@ class Train:
     early_stopping: int | None = setting(
         None, "Stop after this many evaluations without a new lowest loss; null: never", minimum=1
     )
+    sample_prompts: int = setting(
+        0, "Prompts of `data.eval` that the model continues in the log, at every evaluation", minimum=0
+    )
+    sample_tokens: int = setting(32, "Tokens that each of them is continued by", minimum=1)
     output_dir: str = setting(
         "runs/memplan", "Folder for the record, metrics, checkpoints and the final weights"
     )

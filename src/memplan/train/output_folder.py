@@ -21,7 +21,7 @@ MAY_CHANGE = (
     "attention", "attention_kernel", "loss", "optimizer_kernel", "npt.form", "loop", "gpu", "margin", "data.eval",
     "train.max_steps", "train.epochs", "train.save_every", "train.keep_checkpoints", "train.eval_every",
     "train.keep_best", "train.early_stopping", "train.report_to", "train.output_dir",
-    "allocator.", "offload.", "load.", "parallel.",
+    "train.sample_prompts", "train.sample_tokens", "allocator.", "offload.", "load.", "parallel.",
 )  # fmt: skip
 """Fields that a resumed run may change: they decide memory, speed or length, not what is learned."""
 

@@ -373,10 +373,10 @@ class Run:
         return evaluation_fields(evaluated)
 
     def _say_samples(self, loop: Loop, evaluation: Batches, step: int) -> None:
-        """NPT: what base and NPT model write."""
-        if self.job.method != "npt" or not self.job.npt.samples or self._decode is None:
+        """What the model writes."""
+        if not self.job.train.sample_prompts or self._decode is None:
             return
-        from memplan.train.npt_samples import continuations, sample_lines
+        from memplan.train.continuations import continuations, sample_lines
 
         found = continuations(self.job, loop.parallel, evaluation.samples, self._decode)
         for line in sample_lines(found, step):
