@@ -53,10 +53,11 @@ class Measured:
     checkpointing: str
     loss: str
     dtype: str = "float32"
+    attention: str = "sdpa"
 
     @property
     def name(self) -> str:
-        return " ".join((self.strategy, self.method, self.checkpointing, self.loss, self.dtype))
+        return " ".join(vars(self).values())
 
     @property
     def is_alone(self) -> bool:
@@ -71,6 +72,7 @@ class Measured:
             dtype=self.dtype,
             activation_checkpointing=self.checkpointing,
             loss=self.loss,
+            attention=self.attention,
             max_seq_len=64,
             train__max_grad_norm=1.0,
         )
@@ -83,6 +85,7 @@ GRID = [
     Measured("alone", "lora", "full", "chunked", "bfloat16"),
     Measured("alone", "qlora", "selective", "full"),
     Measured("alone", "npt", "none", "full"),
+    Measured("alone", "npt", "none", "full", "float16", "eager"),
     Measured("DDP", "full", "full", "chunked"),
     Measured("DDP", "lora", "none", "full", "bfloat16"),
     Measured("DDP", "qlora", "full", "chunked"),

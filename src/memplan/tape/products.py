@@ -83,10 +83,13 @@ def product_backward(
 
 
 def softmax(g: Graph, x: Tensor, dtype: str) -> Tensor:
-    """F.softmax(x, -1, dtype=dtype): to float32, float16 is converted inside the kernel, bfloat16 is cast first."""
+    """
+    F.softmax(x, -1, dtype=dtype): to float32, float16 is converted inside CUDA's kernel (SoftMax.cpp, softmax);
+    whatever else is of another dtype is cast first.
+    """
     if g.autocast and g.device == "cuda":
         dtype = "float32"
-    if x.dtype not in (dtype, "float16"):
+    if x.dtype not in (dtype, "float16" if g.device == "cuda" else dtype):
         x = cast(g, x, dtype)
     out = g.new(x.shape, dtype, "attention weights")
     if g.needs(x):
