@@ -75,6 +75,18 @@ GRID: list[tuple[str, dict[str, Any]]] = [
 ]
 
 NEARLY: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"optimizer": "adafactor", "optimizer_kernel": "foreach"}),
+    ("llama", {"method": "npt", "npt__rank": 4, "npt__objective": "end_to_end"}),
+    (
+        "llama",
+        {
+            "method": "npt",
+            "npt__rank": 4,
+            "npt__target": "gate_up",
+            "npt__variant": "outer",
+            "npt__components": 2,
+        },
+    ),
     ("llama", {"method": "qlora"}),
     ("gemma3", {"method": "qlora", CKPT: "full"}),
     ("bert", {"loop": "hf_trainer", "method": "lora", "attention": "eager"}),
