@@ -57,6 +57,8 @@ def _agreeing(job: Job) -> Job:
         changes["offload.params"] = False
     if job.method == "npt" and needs_blocks:
         changes["npt.objective"] = "layer"
+    if job.method == "npt" and job.parallel.strategy.startswith("ZERO_"):
+        changes["parallel.strategy"] = "FULL_SHARD"
     if job.method == "npt":
         changes["data.special_tokens"] = ()
     elif "lm_head" in job.lora.target_modules or "lm_head" not in job.quantization.skip:

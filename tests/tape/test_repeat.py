@@ -47,7 +47,7 @@ JOBS += [
     {"method": method, "parallel": Parallel(strategy=strategy, dp_shard=shards, dp_replicate=replicas)}
     for method in ("full", "qlora")
     for strategy, shards, replicas in (
-        ("NO_SHARD", 1, 2), ("FULL_SHARD", 4, 1), ("SHARD_GRAD_OP", 4, 1), ("HYBRID_SHARD", 2, 2), ("ZERO_3", 4, 1),
+        ("NO_SHARD", 1, 2), ("FULL_SHARD", 4, 1), ("SHARD_GRAD_OP", 4, 1), ("HYBRID_SHARD", 2, 2),
     )
 ]  # fmt: skip
 

@@ -14,12 +14,11 @@ from memplan.tape.scratch import SOURCES
 TAPE = Path(scratch.__file__).parent
 
 OTHERS = {
-    "'row numbers'", "'norm of update'", "'mean of rows'", "'norm of parameter'", "'gradients in equal parts'",
+    "'row numbers'", "'gradients in equal parts'",
     "f'{name} being packed'", "f'{name} before it is cut'", '"gloo\'s copy of what is gathered"',
-    '"gloo\'s copy of what is reduced"', "'gradients of the partition'", "'slices of several partitions, reduced'",
-    "f'{parameter.name} grad in float32'", "'norms, and their squares'",
+    '"gloo\'s copy of what is reduced"',
 }  # fmt: skip
-"""Short-lived tensors that operations return, not inside one; bitsandbytes, FSDP and gloo on a CPU; DeepSpeed."""
+"""Short-lived tensors that operations return, not inside one; bitsandbytes, FSDP and gloo on a CPU."""
 
 
 def _functions() -> set[str]:

@@ -248,10 +248,12 @@ def test_an_offloaded_optimizer_leaves_no_partition_on_the_device():
 def test_results_say_what_was_assumed():
     """The bucket of `auto` is the square of the hidden size; what is not planned so says that."""
     (note,) = [note for note in estimate(make_job(1), LLAMA).warnings if "ZeRO" in note]
-    (other,) = [note for note in estimate(make_job(3), LLAMA).warnings if "ZERO_3" in note]
+    (third,) = [note for note in estimate(make_job(3), LLAMA).warnings if "ZeRO" in note]
+    packed = estimate(make_job(3, method="qlora"), LLAMA).warnings
 
     assert "DeepSpeed 0.19.8" in note and "4,096 elements" in note and "not measured" in note
-    assert "first order" in other
+    assert "DeepSpeed 0.19.8" in third and "4,096" in third and "3,686" in third and "640 elements" in third
+    assert any("ZERO_3 of a model in 4 bits is planned to first order" in other for other in packed)
 
 
 @pytest.mark.parametrize(("stage", "conflicts"), [(1, 1), (2, 1), (3, 0)])

@@ -59,7 +59,7 @@ def host_of(job: Job, sizes: HostSizes) -> Host:
 
 def _loading(job: Job, sizes: HostSizes) -> tuple[int, str]:
     itemsize = DTYPE_BYTES[job.dtype]
-    if zero_stage(job) and not job.has_4bit_base:
+    if zero_stage(job) in (1, 2) and not job.has_4bit_base:
         return (
             sizes.base * itemsize * job.world_size,
             "the whole model, once per rank, as DeepSpeed is given it",
@@ -77,8 +77,9 @@ def _parameters(job: Job, sizes: HostSizes) -> tuple[int, str]:
     """Offloaded shards of the parameters and of the gradients that train; replicas each keep their own."""
     if not job.offload.params:
         return 0, ""
-    replicas = job.world_size // layout(job).parameters
-    num_bytes = sizes.base * DTYPE_BYTES[job.dtype] + sizes.trainable * 4
+    replicas = 1 if zero_stage(job) else job.world_size // layout(job).parameters
+    gradients = 0 if zero_stage(job) else sizes.trainable * 4
+    num_bytes = sizes.base * DTYPE_BYTES[job.dtype] + gradients
     return num_bytes * replicas, "offloaded shards"
 
 
@@ -89,7 +90,7 @@ def _optimizer(job: Job, sizes: HostSizes) -> tuple[int, str]:
     below do not change.
     """
     replicas = job.world_size // layout(job).optimizer
-    if zero_stage(job) and job.offload.optimizer:
+    if zero_stage(job) and (job.offload.optimizer or job.offload.params):
         return _zero_optimizer(job, sizes), "partitions of the optimizer: pinned, and the states"
     if layout(job).optimizer_on_host:
         states = sizes.trainable * _state_bytes(job)
@@ -112,10 +113,13 @@ def _zero_optimizer(job: Job, sizes: HostSizes) -> int:
     deepspeed = as_deepspeed_runs_it(job)
     partition = -(-sizes.trainable // job.parallel.dp_shard)
     pinned = [4, 4, DTYPE_BYTES[deepspeed.dtype]]
+    if zero_stage(job) == 3:
+        pinned.pop(0)  # master weights are not pinned
     if zero_stage(job) == 2 and job.gradient_accumulation_steps > 1:
         pinned.append(DTYPE_BYTES[deepspeed.dtype])
     states = _state_bytes(replace(deepspeed, dtype="float32"))
-    per_rank = sum(pinned_bytes(itemsize * partition) for itemsize in pinned) + states * partition
+    pageable = states + (4 if zero_stage(job) == 3 else 0)
+    per_rank = sum(pinned_bytes(itemsize * partition) for itemsize in pinned) + pageable * partition
     return per_rank * job.parallel.dp_shard
 
 

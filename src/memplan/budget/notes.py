@@ -12,7 +12,13 @@ from memplan.tape.backends import Target
 from memplan.tape.behaviour import compute_capability
 from memplan.tape.targets import targets_stack, unused_names
 from memplan.tape.vocabulary import num_embeddings
-from memplan.tape.zero_groups import DEEPSPEED, reduce_bucket_elements, zero_stage
+from memplan.tape.zero_groups import (
+    DEEPSPEED,
+    persistence_threshold,
+    prefetch_elements,
+    reduce_bucket_elements,
+    zero_stage,
+)
 from memplan.units import format_bytes
 
 
@@ -26,7 +32,16 @@ def zero_notes(job: Job, architecture: Architecture) -> tuple[str, ...]:
     stage = zero_stage(job)
     if not stage:
         return ()
-    elements = reduce_bucket_elements(architecture.hidden_size)
+    hidden_size = architecture.hidden_size
+    elements = reduce_bucket_elements(hidden_size)
+    if stage == 3:
+        return (
+            f"ZeRO stage 3: read from the source of DeepSpeed {DEEPSPEED} and not measured; assumed are the values "
+            f"that transformers gives to `auto`, `reduce_bucket_size` {elements:,}, `stage3_prefetch_bucket_size` "
+            f"{prefetch_elements(hidden_size):,} and `stage3_param_persistence_threshold` "
+            f"{persistence_threshold(hidden_size):,} elements, and DeepSpeed's defaults of everything else, such as "
+            "`overlap_comm: true`, whose two streams keep freed memory a little longer than the plan does",
+        )
     return (
         f"ZeRO stage {stage}: read from the source of DeepSpeed {DEEPSPEED} and not measured; assumed are "
         f"`reduce_bucket_size: auto`, which transformers makes {elements:,} elements, and DeepSpeed's defaults of "

@@ -33,6 +33,7 @@ def check_job(job: Job) -> list[Conflict]:
     checks = (
         _check_degrees,
         _check_strategy,
+        _check_npt_strategy,
         _check_offload,
         _check_npt_layers,
         _check_npt_objective,
@@ -135,6 +136,16 @@ def _check_strategy(job: Job) -> Iterator[Conflict]:
                 f"`{strategy}` has no copies, but `parallel.dp_replicate` is {replicate}",
                 "set `parallel.strategy: HYBRID_SHARD`, or `parallel.dp_replicate: 1`",
             )
+
+
+def _check_npt_strategy(job: Job) -> Iterator[Conflict]:
+    strategy = job.parallel.strategy
+    if job.method == "npt" and strategy.startswith("ZERO_"):
+        yield Conflict(
+            ("method", "parallel.strategy"),
+            f"`method: npt` trains in memplan's own loop, which DeepSpeed's `{strategy}` does not run",
+            "set `parallel.strategy: FULL_SHARD`, or `NO_SHARD` with `parallel.dp_replicate`",
+        )
 
 
 def _check_offload(job: Job) -> Iterator[Conflict]:

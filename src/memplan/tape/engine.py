@@ -21,6 +21,7 @@ from memplan.tape.backends import Target
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Saved, Shape, Storage, Tensor
 
 if TYPE_CHECKING:
+    from memplan.tape.modules import Hooks
     from memplan.tape.sharding import Units
 
 
@@ -57,6 +58,8 @@ class Graph:
         self.units: Units | None = None
         self.on_gradient: Callable[[Parameter], None] | None = None
         """Runs when a parameter has its gradient, which the engine holds meanwhile (post_acc_grad_hooks)."""
+        self.hooks: Hooks | None = None
+        """Run around every module that has parameters of its own."""
         self.target = Target(device)
         """What chooses attention's kernel."""
         self.arrived: list[Parameter] = []

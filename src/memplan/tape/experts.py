@@ -34,6 +34,11 @@ class Stack:
     weight: Parameter
     adapter: StackAdapter | None = None
 
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The weight, and those of its adapter."""
+        return [self.weight, *([] if self.adapter is None else [self.adapter.a, self.adapter.b])]
+
 
 def top_k(g: Graph, probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`torch.topk` over (N, E): values and int64 indices (N, count); saves the indices."""
@@ -155,7 +160,9 @@ def grouped_product(g: Graph, x: Tensor, weight: Tensor, offsets: Tensor) -> Ten
     """
     x = cast(g, x, weight.dtype)
     needed = g.needs(x, weight)
-    wanted = [x if weight.needs_grad else None, offsets, weight if x.needs_grad else None]
+    seen = weight if g.hooks is None else alias(weight)  # its transpose, which keeps what is gathered
+    wanted = [x if weight.needs_grad else None, offsets, seen if x.needs_grad else None]
+    del seen
     saved = g.save(*wanted) if needed else None
     out = g.new((x.shape[0], weight.shape[1]), x.dtype, "output of experts")
     if saved is not None:

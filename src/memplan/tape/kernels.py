@@ -12,6 +12,7 @@ from __future__ import annotations
 from memplan.tape.engine import Graph
 from memplan.tape.linear import Linear, autocast_to
 from memplan.tape.loss import shifted_labels
+from memplan.tape.modules import hooked
 from memplan.tape.ops import alias
 from memplan.tape.tensors import Gradients, Node, Tensor
 
@@ -54,6 +55,7 @@ def _triton_cross_entropy_backward(
     return [alias(saved[0])]
 
 
+@hooked
 def triton_rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
     """Fast_RMS_Layernorm: saves x and a float32 per row; backward writes over the gradient it is given."""
     out = g.new(x.shape, x.dtype, "output")

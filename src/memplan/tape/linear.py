@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from memplan.tape import zero3_linear
 from memplan.tape.engine import Graph
+from memplan.tape.modules import called, hooked, left
 from memplan.tape.ops import add, cast, dropout, scale
 from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
 from memplan.tape.token_rows import TokenRows, merged
@@ -204,7 +206,9 @@ def linear(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     with g.module(layer.name):
         if layer.adapter is None:
             return _base(g, x, layer)
-        return _with_adapter(g, x, layer, layer.adapter)
+        if g.hooks is not None:
+            x = g.hooks.enter((layer.name, g.layer), x) or x
+        return left(g, layer.name, _with_adapter(g, x, layer, layer.adapter))
 
 
 def _base(g: Graph, x: Tensor, layer: Linear) -> Tensor:
@@ -214,7 +218,24 @@ def _base(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     bias = (
         layer.bias if layer.rows is None else None
     )  # peft takes the weight alone (trainable_tokens/layer.py)
-    return matmul(g, x, weight, bias, layer.out_features, conv=layer.conv, transposes=layer.transposes)
+    return linear_module(g, x, weight, bias, layer.out_features, conv=layer.conv, transposes=layer.transposes)
+
+
+@hooked
+def linear_module(
+    g: Graph,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    *,
+    conv: bool = False,
+    transposes: bool = False,
+) -> Tensor:
+    """`matmul` as a module of its own; ZeRO's stage 3 replaces F.linear, and what is not that it does not."""
+    if g.hooks is not None and not conv and not transposes:
+        return zero3_linear.matmul(g, x, weight, bias, out_features)
+    return matmul(g, x, weight, bias, out_features, conv=conv, transposes=transposes)
 
 
 def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tensor:
@@ -235,6 +256,8 @@ def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tenso
             output = cast(g, output, dtype)
         result = add(g, result, output, "output")
         return result
+    if g.hooks is not None:  # peft asks for the dtype of A, which is another module's
+        g.hooks.touch((layer.name, g.layer), adapter.a)
     x = cast(g, x, adapter.a.dtype)
     result = add(g, result, _low_rank(g, x, adapter), "sum with adapter")
     result = cast(g, result, dtype)
@@ -243,18 +266,23 @@ def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tenso
 
 def _low_rank(g: Graph, x: Tensor, adapter: Adapter) -> Tensor:
     return scale(
-        g, _lora_b(g, _lora_a(g, dropout(g, x, adapter.dropout), adapter), adapter), "scaled adapter output"
+        g, _lora_b(g, _lora_a(g, _lora_dropout(g, x, adapter), adapter), adapter), "scaled adapter output"
     )
+
+
+@called("lora_dropout")
+def _lora_dropout(g: Graph, x: Tensor, adapter: Adapter) -> Tensor:
+    return dropout(g, x, adapter.dropout)
 
 
 def _lora_a(g: Graph, x: Tensor, adapter: Adapter) -> Tensor:
     with g.module("lora_A"):
-        return matmul(g, x, adapter.a, None, adapter.a.shape[0])
+        return linear_module(g, x, adapter.a, None, adapter.a.shape[0])
 
 
 def _lora_b(g: Graph, x: Tensor, adapter: Adapter) -> Tensor:
     with g.module("lora_B"):
-        return matmul(g, x, adapter.b, None, adapter.b.shape[0])
+        return linear_module(g, x, adapter.b, None, adapter.b.shape[0])
 
 
 def _clone(g: Graph, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
 from memplan.tape.token_rows import TokenRows
 from memplan.tape.wrapping import ToWrap, wrap_units
+from memplan.tape.zero_groups import zero_stage
 
 
 class Builder:
@@ -50,6 +51,9 @@ class Builder:
         self.flat = behaviour.fsdp1 and not self.layout.params_on_host
         """FSDP1: the model is loaded on the host, and comes to the device unit by unit when it is wrapped."""
         self.to_wrap: list[ToWrap] = []
+        self.partition_degree = job.parallel.dp_shard if zero_stage(job) == 3 else 0
+        """Ranks that every tensor is cut over by itself: stage 3 of ZeRO; 0 for none."""
+        self.parameters: list[Parameter] = []
         self.whole: dict[str, list[int]] = {}
         """Tensors that are whole for a moment on their way into shards, with what making them takes."""
 
@@ -71,15 +75,22 @@ class Builder:
         FSDP1 where it has mixed precision; without, a unit keeps its own (accelerate/accelerator.py, prepare_model).
         """
         g, cut = self.g, 1 if whole else self.layout.parameters
+        made: Tensor | None = None
         stored = dtype or self.job.dtype
         trains = self.full if trainable is None else trainable
         local = shard_shape(shape, cut)
+        if (
+            self.partition_degree
+        ):  # whole when its module is made, then cut by itself (partition_parameters.py, Init)
+            local = (-(-prod(shape) // self.partition_degree),)
+            made = g.new(shape, stored, f"{name} before it is cut", "workspace")
         if (self.layout.params_on_host or self.flat) and not whole:
             storage = Storage([], 0)  # in host memory, not on the tape
         else:
             held = g.new(local, stored, name, category)
             assert held.storage is not None
             storage = held.storage
+        del made
         parameter = Parameter(name, shape, stored, storage, layer, trains)
         if self.layout.gathers and not whole:
             parameter.dtype = self.job.autocast or (stored if self.behaviour.fsdp1 else self.job.dtype)
@@ -90,6 +101,7 @@ class Builder:
             self.contents.trainable.setdefault(layer, []).append(parameter)
         parameter.local_shape = shard_shape(shape, 1 if whole else self.layout.optimizer)
         parameter.stored_dtype = stored
+        self.parameters.append(parameter)
         if category == "weights":
             self.base.append(parameter)
             if self.layout.gathers and self.job.weights == "random":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from memplan.tape.engine import Graph
+from memplan.tape.modules import hooked
 from memplan.tape.ops import add_scalar, autocast_to_float32, cast, mean_last, mul, power, rsqrt
 from memplan.tape.scratch import embedding_backward
 from memplan.tape.tensors import Gradients, Node, Tensor
 
 
+@hooked
 def rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
     """LlamaRMSNorm.forward of transformers, line by line: the float32 copy of x and the normalised copy are saved."""
     dtype = x.dtype
@@ -17,6 +19,7 @@ def rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
     return mul(g, weight, cast(g, x, dtype), "output")
 
 
+@hooked
 def scaled_rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
     """GemmaRMSNorm.forward of transformers: the weight is used as 1 + weight, all in float32."""
     output = _normalised(g, cast(g, x, "float32"))
@@ -28,6 +31,7 @@ def _normalised(g: Graph, x: Tensor) -> Tensor:
     return mul(g, x, rsqrt(g, add_scalar(g, mean_last(g, power(g, x, "square")))), "normalised")
 
 
+@hooked
 def float_rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
     """Olmo2RMSNorm.forward of transformers: as Llama's, with the weight applied in float32."""
     dtype = x.dtype
@@ -37,6 +41,7 @@ def float_rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
     return cast(g, mul(g, weight, x, "output"), dtype)
 
 
+@hooked
 def layer_norm(g: Graph, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """native_layer_norm: saves its input and float32 mean and reciprocal deviation per row."""
     x = autocast_to_float32(g, x)
@@ -60,6 +65,7 @@ def _layer_norm_backward(
     return outputs
 
 
+@hooked
 def embedding(g: Graph, indices: Tensor, weight: Tensor) -> Tensor:
     """F.embedding: saves the indices."""
     out = g.new((*indices.shape, weight.shape[-1]), weight.dtype, "output")

@@ -12,7 +12,7 @@ from math import prod
 from memplan.job.spec import Job
 from memplan.tape.engine import Graph
 from memplan.tape.loss import Locals
-from memplan.tape.scratch import foreach_norm
+from memplan.tape.scratch import adafactor, foreach_norm
 from memplan.tape.sharding import layout
 from memplan.tape.tensors import ITEMSIZE, Parameter, Tensor
 
@@ -212,7 +212,7 @@ class OptimizerProgram:
             g.enter(parameter.layer)
             name, shape, dtype = parameter.name, parameter.local_shape, parameter.stored_dtype
             scalar = ITEMSIZE[dtype]
-            g.scratch(scalar, name="norm of parameter")
+            g.scratch(*adafactor(scalar), name="norm of parameter")
             if len(shape) > 1:
                 rows, columns = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
                 kept["rows"] = g.new(rows, dtype, f"{name} mean squares of rows", "workspace")
@@ -221,9 +221,9 @@ class OptimizerProgram:
                 kept["squares"] = g.new(shape, dtype, f"{name} squares of grad", "workspace")
             kept["estimate"] = g.new(shape, dtype, f"{name} update", "workspace")
             if len(shape) > 1:
-                g.scratch(scalar * prod(shape[:-2]), name="mean of rows")
+                g.scratch(*adafactor(scalar, prod(shape[:-2])), name="mean of rows")
             kept["update"] = kept["estimate"]
-            g.scratch(scalar, name="norm of update")
+            g.scratch(*adafactor(scalar), name="norm of update")
         g.enter(None)
         kept.clear()
 

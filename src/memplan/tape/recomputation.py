@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from memplan.tape.engine import Graph
-from memplan.tape.tensors import Saved, Storage, Tensor
+from memplan.tape.ops import alias
+from memplan.tape.tensors import Parameter, Saved, Storage, Tensor
 
 
 class StopRecomputation(Exception):
@@ -48,6 +49,8 @@ class CheckpointFrame:
         assert recomputed is not None
         for tensor in tensors:
             if tensor is not None:
+                if isinstance(tensor, Parameter) and tensor.needs_grad:
+                    tensor = alias(tensor)  # detached: it keeps what is gathered now
                 recomputed.append(tensor)
                 if len(recomputed) == self.num_saved:
                     raise StopRecomputation

@@ -28,6 +28,7 @@ class Source:
 
 _TRANSFORMERS = "aten/src/ATen/native/transformers/cuda/"
 _CUDA = "aten/src/ATen/native/cuda/"
+_ZERO = "deepspeed/runtime/zero/"
 
 SOURCES = {
     "flash_backward": Source(
@@ -84,6 +85,63 @@ SOURCES = {
         "read",
         f"{_CUDA}ForeachReduceOp.cu",
         ("_foreach_norm",),
+    ),
+    "adafactor": Source(
+        "norm of the parameter, mean of its rows, norm of the update: a few elements each",
+        "read",
+        "torch/optim/_adafactor.py, _single_tensor_adafactor",
+    ),
+    "zero_preparation": Source(
+        "stages 1 and 2, preparing the states: float32 gradients of every partition",
+        "read",
+        f"{_ZERO}stage_1_and_2.py, initialize_optimizer_states",
+    ),
+    "zero_slices": Source(
+        "stages 1 and 2: a copy of a bucket's slices, if several partitions have one",
+        "read",
+        f"{_ZERO}stage_1_and_2.py, allreduce_and_scatter",
+    ),
+    "zero_float_copy": Source(
+        "with `offload.optimizer`, a gradient's part in float32 on its way to the host",
+        "read",
+        f"{_ZERO}stage_1_and_2.py, async_inplace_copy_grad_to_fp32_buffer_from_gpu; stage3.py, "
+        "_offload_grad_partition_at_boundary",
+    ),
+    "zero_norm": Source(
+        "a float64 copy of a gradient's part, of which the norm is taken",
+        "read",
+        f"{_ZERO}stage3.py, get_grad_norm_direct; utils.py, get_norm_dtype",
+    ),
+    "zero_total_norm": Source(
+        "norms of all gradients in one tensor, and their squares",
+        "read",
+        f"{_ZERO}stage_1_and_2.py and stage3.py, get_grad_norm_direct",
+    ),
+    "zero3_padding": Source(
+        "stage 3: what is missing of equal parts of gradients that are reduced together",
+        "read",
+        "deepspeed/runtime/comm/coalesced_collectives.py, reduce_scatter_coalesced",
+    ),
+    "zero3_overflow": Source(
+        "stage 3 in float16: absolute values of all gradients, and whether each is infinite; then whether each is no "
+        "number",
+        "read",
+        f"{_ZERO}stage3.py, has_overflow; aten/src/ATen/native/TensorCompare.cpp, isinf",
+    ),
+    "zero3_preparation": Source(
+        "stage 3, preparing the states: float32 gradients of the largest group",
+        "read",
+        f"{_ZERO}stage3.py, initialize_optimizer_states",
+    ),
+    "zero3_whole": Source(
+        "stage 3: a parameter, padded to equal parts, gathered to hang a hook on its gradient",
+        "read",
+        f"{_ZERO}stage3.py, create_reduce_and_remove_grad_hooks",
+    ),
+    "zero3_fetched": Source(
+        "stage 3 with `offload.params`: parts fetched from the host to be gathered",
+        "read",
+        f"{_ZERO}partition_parameters.py, all_gather_coalesced",
     ),
     "plans of cuDNN's attention": Source(
         "not counted",
@@ -199,3 +257,69 @@ def batched_operand(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: 
 def foreach_norm(num_tensors: int, largest_elements: int) -> list[int]:
     """Partial sums: as many per tensor as the largest one needs, in float32."""
     return [num_tensors * -(-largest_elements // NORM_CHUNK_ELEMENTS) * 4]
+
+
+def adafactor(itemsize: int, rows: int = 1) -> list[int]:
+    """A scalar, or one per matrix of a stack."""
+    return [itemsize * rows]
+
+
+def zero_preparation(partitions: list[int]) -> list[int]:
+    """float32, one per group; of partitions in elements."""
+    return [count * 4 for count in partitions]
+
+
+def zero_slices(counts: list[int], itemsize: int) -> list[int]:
+    """Nothing for a single slice, which is reduced where it is."""
+    return [sum(counts) * itemsize] if len(counts) > 1 else []
+
+
+def zero_float_copy(count: int) -> list[int]:
+    """In float32, of so many elements."""
+    return [count * 4]
+
+
+def zero_norm(count: int) -> list[int]:
+    """In float64, of so many elements."""
+    return [count * 8]
+
+
+def zero_total_norm(num_gradients: int) -> list[int]:
+    """float64 scalars, stacked, and raised to a power."""
+    return [8 * num_gradients] * 2
+
+
+def zero3_padding(counts: list[int], degree: int) -> list[int]:
+    """
+    Elements, a tensor for every part that is too short.
+
+    >>> zero3_padding([4, 6], 4)
+    [2]
+    """
+    missing = []
+    for rank in range(degree):
+        for count in counts:
+            part = -(-count // degree)
+            short = part - max(0, min(part, count - rank * part))
+            missing += [short] if short else []
+    return missing
+
+
+def zero3_overflow(count: int, *, infinite: bool) -> list[int]:
+    """Of so many elements of 16 bits: the test for infinite ones, or the one for what is no number."""
+    return [count * 2, count] if infinite else [count]
+
+
+def zero3_preparation(groups: list[int]) -> list[int]:
+    """float32, of groups in elements."""
+    return [max(groups) * 4]
+
+
+def zero3_whole(part: int, degree: int, itemsize: int) -> list[int]:
+    """Of a part in elements."""
+    return [part * degree * itemsize]
+
+
+def zero3_fetched(parts: list[int], itemsize: int) -> list[int]:
+    """Of parts in elements."""
+    return [part * itemsize for part in parts]

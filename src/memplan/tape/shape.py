@@ -6,6 +6,7 @@ The programs run over a few blocks per kind of block; repeat.py writes the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -20,6 +21,7 @@ from memplan.tape.fsdp2 import Fsdp2Units
 from memplan.tape.kernels import liger_loss, triton_cross_entropy
 from memplan.tape.loss import chunked_loss, cross_entropy, full_loss
 from memplan.tape.model import Builder
+from memplan.tape.modules import entered, left
 from memplan.tape.ops import cast, scale, unary_saving_output
 from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.parts import Model
@@ -29,7 +31,10 @@ from memplan.tape.sharding import Units
 from memplan.tape.targets import check_targets
 from memplan.tape.tensors import Tensor
 from memplan.tape.zero import ZeroOptimizer
+from memplan.tape.zero3 import Zero3Optimizer
 from memplan.tape.zero_groups import zero_stage
+
+Optimizer = OptimizerProgram | ZeroOptimizer | Zero3Optimizer
 
 NPT_FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 """Families whose blocks `memplan.npt` converts; Mistral counts as `llama`."""
@@ -91,7 +96,7 @@ def record(
     model = builder.build(npt_layers(job, architecture), checkpointed)
     g.units = None if zero_stage(job) else _units(g, job, builder, behaviour)
     recording.num_trainable = len(model.trainable)
-    optimizer = _optimizer(g, job, model, layers)
+    optimizer = _optimizer(g, job, model, builder)
     loop = Loop(g, job, model, behaviour, recording)
     if first_step > 1:
         optimizer.create_states()
@@ -119,16 +124,20 @@ def _units(g: Graph, job: Job, builder: Builder, behaviour: Behaviour) -> Units 
     return Fsdp2Units(g, degrees, builder.contents, has_backward=job.method != "npt")
 
 
-def _optimizer(g: Graph, job: Job, model: Model, layers: list[int]) -> OptimizerProgram | ZeroOptimizer:
-    """What steps the model's parameters; DeepSpeed's also hooks on to its backward pass."""
+def _optimizer(g: Graph, job: Job, model: Model, builder: Builder) -> Optimizer:
+    """What steps the model's parameters; DeepSpeed's also hooks on to its passes."""
+    hidden_size = model.architecture.hidden_size
+    if zero_stage(job) == 3:
+        g.units = sharded = Zero3Optimizer(g, job, builder.parameters, model.trainable, hidden_size)
+        return sharded
     if zero_stage(job):
-        g.units = zero = ZeroOptimizer(g, job, model.trainable, model.architecture.hidden_size)
+        g.units = zero = ZeroOptimizer(g, job, model.trainable, hidden_size)
         return zero
     return OptimizerProgram(
         g,
         job,
         model.trainable,
-        _num_trainable(model, model.architecture, layers),
+        _num_trainable(model, model.architecture, builder.layers),
         [name for name, parameter in model.outside.items() if len(parameter.shape) > 1],
     )
 
@@ -195,7 +204,7 @@ class Loop:
         self.metrics: list[Tensor] = []
         self.held_cache: list[tuple[int, Tensor]] = []
 
-    def step(self, number: int, optimizer: OptimizerProgram | ZeroOptimizer) -> None:
+    def step(self, number: int, optimizer: Optimizer) -> None:
         """One optimizer step; from the third micro batch on nothing changes, so no more are written."""
         recording = self.recording
         is_own = self.job.loop == "memplan"
@@ -308,6 +317,9 @@ class Loop:
         self.settings.cache = []
         if g.units is not None:
             g.units.before_forward(None, None)
+        roots = ("PeftModel", "LoraModel", "head") if job.method == "lora" else ("head",)
+        for root in roots:
+            entered(g, root)
         loss = None
         if job.method == "npt":
             from memplan.tape.npt import end_to_end_step, local_step, objective, read_metrics
@@ -326,6 +338,8 @@ class Loop:
             with g.module("loss"):
                 loss = self.loss(hidden, labels)
             g.category = "activations"
+            for root in reversed(roots):
+                loss = left(g, root, loss)
         if g.units is not None:
             g.units.after_forward(None)
         return loss
@@ -344,12 +358,13 @@ class Loop:
         if form != "full":
             self.settings.input_leaf = None
         if form == "chunked":
-            loss = chunked_loss(g, held[0], head, labels, softcapped=softcapped)
+            loss = self.on_head(held[0], lambda x: chunked_loss(g, x, head, labels, softcapped=softcapped))
             g.leave_autocast()
             return loss
         if form == "fused":
             hidden = held.pop()
-            loss = liger_loss(g, hidden, head, labels, before_0_5=behaviour.liger_before_0_5)
+            old = behaviour.liger_before_0_5
+            loss = self.on_head(hidden, lambda x: liger_loss(g, x, head, labels, before_0_5=old))
             g.leave_autocast()
             return loss
         logits = logits_of(g, self.model, held[0])
@@ -383,6 +398,13 @@ class Loop:
         self.settings.input_leaf = None
         self.g.leave_autocast()  # casts of weights live until autocast ends; the graph keeps its own
         return loss
+
+    def on_head(self, hidden: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """A loss that multiplies with the head's weight itself."""
+        weight, hooks = self.model.head.weight, self.g.hooks
+        if hooks is None or weight is None:
+            return loss(hidden)
+        return hooks.run(("loss", weight), [weight], (hidden,), loss)
 
     def replace_output(self, output: list[Tensor]) -> None:
         """

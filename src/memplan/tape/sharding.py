@@ -15,6 +15,7 @@ from typing import Protocol
 from memplan.job.spec import Job
 from memplan.tape.engine import Graph
 from memplan.tape.tensors import ITEMSIZE, Parameter, Tensor
+from memplan.tape.zero_groups import zero_stage
 
 GATHER_STREAM = 1
 REDUCE_STREAM = 2
@@ -50,14 +51,14 @@ def layout(job: Job, device: str = "cuda") -> Layout:
     has_host = device != "cpu"
     parallel = job.parallel
     strategy, degree = parallel.strategy, parallel.dp_shard
-    everything = strategy in (*SHARDED, "ZERO_3")
+    everything = strategy in SHARDED or (strategy == "ZERO_3" and not zero_stage(job))
     return Layout(
         parameters=degree if everything else 1,
         gradients=degree if everything or strategy == "ZERO_2" else 1,
-        optimizer=degree if everything or strategy in ("ZERO_1", "ZERO_2") else 1,
+        optimizer=degree if everything or zero_stage(job) else 1,
         keep_unsharded=strategy == "SHARD_GRAD_OP",
         replicas=parallel.dp_replicate,
-        gathers=everything or job.offload.params,
+        gathers=everything or (job.offload.params and not zero_stage(job)),
         params_on_host=has_host and job.offload.params,
         optimizer_on_host=has_host and (job.offload.optimizer or job.offload.params),
     )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from math import prod
 
 from memplan.job.spec import Job
+from memplan.tape import scratch
 from memplan.tape.engine import Graph
 from memplan.tape.optimizer import OptimizerProgram, parameter_groups
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
@@ -80,7 +81,8 @@ class ZeroOptimizer:
             largest = max(prod(parameter.shape) for parameter in self.group_of)
             self.held.append(g.new((largest,), self.dtype, "gradient on its way to the host", "comm"))
             return
-        g.scratch(*(group.partition * 4 for group in self.groups), name="gradients of the partition")
+        sizes = scratch.zero_preparation([group.partition for group in self.groups])
+        g.scratch(*sizes, name="gradients of the partition")
 
     def _flatten(self, index: int, group: FlatGroup) -> None:
         """
@@ -202,8 +204,8 @@ class ZeroOptimizer:
         self._copy_together(together)
 
     def _copy_together(self, counts: list[int]) -> None:
-        if len(counts) > 1:
-            self.g.scratch(sum(counts) * ITEMSIZE[self.dtype], name="slices of several partitions, reduced")
+        sizes = scratch.zero_slices(counts, ITEMSIZE[self.dtype])
+        self.g.scratch(*sizes, name="slices of several partitions, reduced")
 
     def _keep(self, parameter: Parameter) -> None:
         """copy_grads_in_partition"""
@@ -224,7 +226,7 @@ class ZeroOptimizer:
         count = self.group_of[parameter].elements_of(self.rank, parameter)
         self._norm(parameter, count)
         if self.dtype != "float32":
-            g.scratch(count * 4, name=f"{parameter.name} grad in float32")
+            g.scratch(*scratch.zero_float_copy(count), name=f"{parameter.name} grad in float32")
         parameter.grad = None
 
     # -- step ----------------------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ class ZeroOptimizer:
             g.enter(parameter.layer)
             self._norm(parameter, group.elements_of(self.rank, parameter))
         g.enter(None)
-        g.scratch(8 * len(ours), 8 * len(ours), name="norms, and their squares")
+        g.scratch(*scratch.zero_total_norm(len(ours)), name="norms, and their squares")
         self.norms.clear()
 
     def _flat_gradient(self, group: FlatGroup) -> Tensor | None:

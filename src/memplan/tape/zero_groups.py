@@ -19,21 +19,27 @@ NCCL_START_ALIGNMENT = 2
 
 
 def zero_stage(job: Job) -> int:
-    """The stage that is planned as DeepSpeed runs it; 0 for none. NPT's step is not DeepSpeed's."""
-    return {"ZERO_1": 1, "ZERO_2": 2}.get(job.parallel.strategy, 0) if job.method != "npt" else 0
+    """
+    The stage that is planned as DeepSpeed runs it; 0 for none. What stage 3 does to packed weights is not known.
+    """
+    if job.parallel.strategy == "ZERO_3" and job.has_4bit_base:
+        return 0
+    return {"ZERO_1": 1, "ZERO_2": 2, "ZERO_3": 3}.get(job.parallel.strategy, 0)
 
 
 def as_deepspeed_runs_it(job: Job) -> Job:
     """
     Mixed precision is a cast of every parameter that is not packed, adapters included, and no autocast (engine.py,
-    _cast_module_mixed_precision; accelerate wraps no `forward` for DeepSpeed).
+    _cast_module_mixed_precision; accelerate wraps no `forward` for DeepSpeed). In stage 3 the model is made in that
+    dtype, and adapters, which come later, keep theirs.
     """
     dtype = job.autocast or job.dtype
+    adapters = job.lora.dtype if zero_stage(job) == 3 else dtype
     return replace(
         job,
         dtype=dtype,
         autocast=None,
-        lora=replace(job.lora, dtype=dtype),
+        lora=replace(job.lora, dtype=adapters),
         quantization=replace(job.quantization, kbit_preparation=False),
     )
 
@@ -46,6 +52,16 @@ def reduce_bucket_elements(hidden_size: int) -> int:
     16777216
     """
     return hidden_size * hidden_size
+
+
+def prefetch_elements(hidden_size: int) -> int:
+    """Of `stage3_prefetch_bucket_size: auto`, as above."""
+    return int(0.9 * hidden_size * hidden_size)
+
+
+def persistence_threshold(hidden_size: int) -> int:
+    """Of `stage3_param_persistence_threshold: auto`, as above, in elements."""
+    return 10 * hidden_size
 
 
 class FlatGroup:

@@ -13,7 +13,7 @@ from typing import Any
 
 from memplan.budget.host import HostSizes
 from memplan.budget.result import ParameterCount
-from memplan.errors import MemplanError
+from memplan.errors import JobError, MemplanError
 from memplan.job.spec import Job
 from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
@@ -78,7 +78,13 @@ def trace_job(
     Raises:
         TraceError: the job cannot be run on meta tensors.
         UnknownModel: the installed transformers cannot build the model.
+        JobError: DeepSpeed runs the job.
     """
+    if job.parallel.strategy.startswith("ZERO_"):
+        raise JobError(
+            f"`{job.parallel.strategy}` is DeepSpeed's, which the trace does not run",
+            hint="use `--engine shape`, whose plan follows DeepSpeed's source, or `parallel.strategy: FULL_SHARD`",
+        )
     # DDP's buckets hold gradients of several blocks.
     if not whole and not (job.world_size > 1 and not is_sharded(job)):
         try:

@@ -8,6 +8,7 @@ from functools import partial
 
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import Graph
+from memplan.tape.modules import entered, left
 from memplan.tape.ops import cast
 from memplan.tape.parts import Block, Model
 from memplan.tape.recomputation import CheckpointFrame
@@ -102,7 +103,11 @@ def run_blocks(
 def _bound(
     g: Graph, model: Model, settings: Settings, run: RunBlock, given: Given
 ) -> Callable[[Block, Tensor], Tensor]:
-    return lambda block, hidden: run(g, model, block, _as_fed(g, hidden, settings), given, settings)
+    def call(block: Block, hidden: Tensor) -> Tensor:
+        entered(g, "layer")
+        return left(g, "layer", run(g, model, block, _as_fed(g, hidden, settings), given, settings))
+
+    return call
 
 
 def _as_fed(g: Graph, hidden: Tensor, settings: Settings) -> Tensor:

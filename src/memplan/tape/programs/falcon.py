@@ -7,6 +7,7 @@ from functools import partial
 from memplan.tape.attention import package_dtype, rotary
 from memplan.tape.engine import Graph
 from memplan.tape.linear import linear
+from memplan.tape.modules import called
 from memplan.tape.ops import add, cast, dropout, merge_heads, reshape
 from memplan.tape.parts import Block, Model
 from memplan.tape.products import batched_matmul, softmax
@@ -56,6 +57,7 @@ def _block(
     return output
 
 
+@called("attention")
 def _attention(
     g: Graph, model: Model, block: Block, hidden: Tensor, given: Given, settings: Settings
 ) -> tuple[Tensor, list[Tensor]]:

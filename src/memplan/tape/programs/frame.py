@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.tape.engine import Graph
+from memplan.tape.modules import entered, left
 from memplan.tape.norms import embedding
 from memplan.tape.ops import dropout
 from memplan.tape.parts import Model
@@ -41,12 +42,15 @@ def run_decoder(
     """
     architecture = model.architecture
     outer, layers, norm = modules
+    entered(g, outer)
     with g.module(outer):
         inputs_embeds = (
             embedding(g, ids, model.current_embedding(g)) if embed is None else embed(g, model, ids)
         )
         if settings.behaviour.input_gradients:
             inputs_embeds = leaf(inputs_embeds, settings)
+            if g.hooks is not None:
+                inputs_embeds = g.hooks.leave(("embedding", model.embedding), inputs_embeds)
         dtype = inputs_embeds.dtype
         position_ids = positions(g, ids.shape[1], settings)
         masks = _masks(g, model, ids, dtype, settings, always_masked)
@@ -70,7 +74,7 @@ def run_decoder(
         if architecture.family in MASKS_BY_KIND:
             del masks, inputs_embeds  # a dictionary goes with its items in order
         del position_ids
-        return hidden
+        return left(g, outer, hidden)
 
 
 def _masks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.tape.attention import rotary
 from memplan.tape.engine import Graph
 from memplan.tape.linear import linear
+from memplan.tape.modules import called
 from memplan.tape.norms import embedding, scaled_rms_norm
 from memplan.tape.ops import add, scale
 from memplan.tape.parts import Block, Model
@@ -52,6 +53,7 @@ def _norm(g: Graph, x: Tensor, norms: dict[str, Parameter], name: str) -> Tensor
         return scaled_rms_norm(g, x, norms[f"{name}.weight"])
 
 
+@called("attention")
 def _attention(
     g: Graph, model: Model, block: Block, hidden: Tensor, given: Given, settings: Settings
 ) -> tuple[Tensor, list[Tensor]]:

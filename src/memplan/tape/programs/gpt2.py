@@ -7,6 +7,7 @@ from functools import partial
 
 from memplan.tape.engine import Graph
 from memplan.tape.linear import linear
+from memplan.tape.modules import called, entered, left
 from memplan.tape.norms import embedding
 from memplan.tape.ops import add, alias, dropout, split_heads
 from memplan.tape.parts import Block, Model
@@ -23,6 +24,7 @@ def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings, *, heads: H
     """`heads`: those of GPT-BigCode, whose softmax is in float32, and whose mask comes before the positions."""
     architecture = model.architecture
     mask_first = heads is not None
+    entered(g, "transformer")
     with g.module("transformer"):
         with g.module("wte"):
             inputs_embeds = embedding(g, ids, model.current_embedding(g))
@@ -51,7 +53,7 @@ def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings, *, heads: H
         with g.module("ln_f"):
             hidden = biased_norm(g, hidden, model.outside, "transformer.ln_f")
         del given, position_ids, inputs_embeds, position_embeds
-        return hidden
+        return left(g, "transformer", hidden)
 
 
 def _block(
@@ -79,6 +81,7 @@ def _block(
     return hidden
 
 
+@called("attention")
 def _attention(
     g: Graph,
     model: Model,

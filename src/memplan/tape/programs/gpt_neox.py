@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.tape.attention import rotate_half
 from memplan.tape.engine import Graph
 from memplan.tape.linear import linear
+from memplan.tape.modules import called
 from memplan.tape.ops import add, concatenate, dropout, mul, narrow_last, split_heads
 from memplan.tape.parts import Block, Model
 from memplan.tape.programs.blocks import Given, Settings
@@ -43,6 +44,7 @@ def _mlp(g: Graph, model: Model, block: Block, x: Tensor) -> Tensor:
     return plain_mlp(g, model, block, normed, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 
+@called("attention")
 def _attention(
     g: Graph, model: Model, block: Block, hidden: Tensor, given: Given, settings: Settings
 ) -> tuple[Tensor, list[Tensor]]:

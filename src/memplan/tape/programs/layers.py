@@ -6,6 +6,7 @@ from memplan.tape.attention import attention
 from memplan.tape.engine import Graph
 from memplan.tape.kernels import triton_rms_norm
 from memplan.tape.linear import linear
+from memplan.tape.modules import called
 from memplan.tape.norms import layer_norm, rms_norm
 from memplan.tape.ops import (
     add,
@@ -60,6 +61,7 @@ def biased_block_norm(g: Graph, block: Block, x: Tensor, name: str) -> Tensor:
         return biased_norm(g, x, block.norms, name)
 
 
+@called("rotary_emb")
 def rotary_table(g: Graph, shape: tuple[int, ...], size: int, dtype: str) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions (1 or B, S), made in float32: (1 or B, 1, S, size)."""
     rows, length = shape
@@ -155,6 +157,7 @@ def cached(g: Graph, block: Block, states: Tensor, settings: Settings) -> Tensor
     return cached
 
 
+@called("mlp")
 def gated_mlp(g: Graph, block: Block, x: Tensor, hidden_act: str = "silu") -> Tensor:
     linears = block.linears
     gated = mul(
@@ -166,12 +169,14 @@ def gated_mlp(g: Graph, block: Block, x: Tensor, hidden_act: str = "silu") -> Te
     return linear(g, gated, linears["mlp.down_proj"])
 
 
+@called("mlp")
 def plain_mlp(g: Graph, model: Model, block: Block, x: Tensor, up: str, down: str) -> Tensor:
     x = linear(g, x, block.linears[up])
     x = activation(g, x, model.architecture.hidden_act)
     return linear(g, x, block.linears[down])
 
 
+@called("mlp.act_fn")
 def activation(g: Graph, x: Tensor, name: str) -> Tensor:
     """An entry of transformers' ACT2FN."""
     with g.module("mlp.act_fn"):

@@ -10,6 +10,7 @@ from memplan.tape.engine import Graph
 from memplan.tape.fused_lora import OUTPUT, QKV, fused_output, fused_qkv, fuses
 from memplan.tape.kernels import triton_rotary
 from memplan.tape.linear import linear
+from memplan.tape.modules import called
 from memplan.tape.ops import add, reshape, split_heads, swap_heads
 from memplan.tape.parts import Block, Model
 from memplan.tape.programs.blocks import Given, Settings
@@ -53,6 +54,7 @@ def _block(
     return hidden
 
 
+@called("attention")
 def _attention(
     g: Graph, model: Model, block: Block, hidden: Tensor, given: Given, settings: Settings
 ) -> tuple[Tensor, list[Tensor]]:

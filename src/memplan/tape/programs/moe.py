@@ -14,7 +14,8 @@ from memplan.tape.experts import (
     sum_of_choices,
     top_k,
 )
-from memplan.tape.linear import matmul
+from memplan.tape.linear import linear_module
+from memplan.tape.modules import called
 from memplan.tape.ops import cast, mul, reshape
 from memplan.tape.parts import Block, Model
 from memplan.tape.products import softmax
@@ -28,6 +29,7 @@ def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Tensor:
     return llama_decoder(g, model, ids, settings, mlp=_sparse_mlp)
 
 
+@called("mlp")
 def _sparse_mlp(g: Graph, model: Model, block: Block, x: Tensor) -> Tensor:
     """MixtralSparseMoeBlock and Qwen3MoeSparseMoeBlock."""
     batch, length, width = x.shape
@@ -37,7 +39,16 @@ def _sparse_mlp(g: Graph, model: Model, block: Block, x: Tensor) -> Tensor:
         down, gate_up = (
             Folded(g, block.stacks[f"mlp.experts.{name}"]) for name in ("down_proj", "gate_up_proj")
         )
-        out = _experts(g, model, gate_up, down, flat, chosen, weights)
+        if g.hooks is None:
+            out = _experts(g, model, gate_up, down, flat, chosen, weights)
+        else:
+            key = ("experts", gate_up.stack.weight)
+            out = g.hooks.run(
+                key,
+                [*gate_up.stack.parameters, *down.stack.parameters],
+                (flat, weights),
+                lambda x, scores: _experts(g, model, gate_up, down, x, chosen, scores),
+            )
         gate_up.drop_factors()
         gate_up.drop_weight()
         down.drop_weight()
@@ -51,7 +62,7 @@ def _router(g: Graph, model: Model, stack: Stack, flat: Tensor) -> tuple[Tensor,
     mixtral = architecture.family == "mixtral"
     with g.module("gate"):
         folded = Folded(g, stack)
-        logits = matmul(g, flat, folded.weight(), None, architecture.num_experts)
+        logits = linear_module(g, flat, folded.weight(), None, architecture.num_experts)
         probabilities = softmax(g, logits, "float32")
         weights, chosen = top_k(g, probabilities, architecture.experts_per_token)
         if mixtral or architecture.normalized_routing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.tape.attention import rotary
 from memplan.tape.engine import Graph
 from memplan.tape.linear import linear
+from memplan.tape.modules import called
 from memplan.tape.norms import float_rms_norm, layer_norm
 from memplan.tape.ops import add, cast, clamp_in_place
 from memplan.tape.parts import Block, Model
@@ -59,6 +60,7 @@ def _norm(g: Graph, block: Block, x: Tensor, name: str) -> Tensor:
         return float_rms_norm(g, x, block.norms[f"{name}.weight"])
 
 
+@called("attention")
 def _attention(
     g: Graph, model: Model, block: Block, hidden: Tensor, given: Given, settings: Settings
 ) -> tuple[Tensor, list[Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.tape.attention import partial_rotary
 from memplan.tape.engine import Graph
 from memplan.tape.linear import linear
+from memplan.tape.modules import called
 from memplan.tape.ops import add, dropout, mul, narrow_last
 from memplan.tape.parts import Block, Model
 from memplan.tape.programs.blocks import Given, Settings
@@ -31,6 +32,7 @@ def _block(g: Graph, model: Model, block: Block, hidden: Tensor, given: Given, s
     return hidden
 
 
+@called("attention")
 def _attention(
     g: Graph, model: Model, block: Block, hidden: Tensor, given: Given, settings: Settings
 ) -> tuple[Tensor, list[Tensor]]:
@@ -52,6 +54,7 @@ def _attention(
     return output, weights
 
 
+@called("mlp")
 def _mlp(g: Graph, model: Model, block: Block, x: Tensor) -> Tensor:
     """Gate and up are halves of one product."""
     up_states = linear(g, x, block.linears["mlp.gate_up_proj"])
