@@ -50,6 +50,7 @@ JOBS += [
         ("NO_SHARD", 1, 2), ("FULL_SHARD", 4, 1), ("SHARD_GRAD_OP", 4, 1), ("HYBRID_SHARD", 2, 2),
     )
 ]  # fmt: skip
+JOBS += [{"method": "qlora", "parallel": Parallel(strategy="ZERO_3", dp_shard=4)}]
 
 
 def make_job(**fields) -> Job:
