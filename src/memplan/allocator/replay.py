@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.allocator.cache import AllocatorOutOfMemory
 from memplan.allocator.caching_allocator import CachingAllocator
@@ -11,8 +11,7 @@ from memplan.job.spec import AllocatorSettings
 from memplan.tape.tape import Mark
 
 
-@dataclass(frozen=True)
-class PhasePeak:
+class PhasePeak(NamedTuple):
     """One phase of one step: from its mark to the next."""
 
     mark: Mark
@@ -24,8 +23,7 @@ class PhasePeak:
     """At the end of the phase."""
 
 
-@dataclass(frozen=True)
-class Replay:
+class Replay(NamedTuple):
     """
     What a tape takes. Allocated bytes are those of the blocks that storages live in, slack included
     (`torch.cuda.memory_allocated`); reserved bytes those of the segments (`torch.cuda.memory_reserved`).

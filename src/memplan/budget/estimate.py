@@ -4,7 +4,8 @@ From a job to its result: tape, replay, and what was alive at the peak. Pure: sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from memplan.allocator import replay_with_need
 from memplan.budget.accuracy import error_band
@@ -150,8 +151,7 @@ def quick_need_bytes(job: Job, architecture: Architecture) -> int:
     return -(-live // CAPACITY_STEP_BYTES) * CAPACITY_STEP_BYTES + non_torch_bytes(job)[0]
 
 
-@dataclass(frozen=True)
-class PhaseMeasure:
+class PhaseMeasure(NamedTuple):
     """The highest moment of one stretch between two marks."""
 
     phase: str
@@ -162,8 +162,7 @@ class PhaseMeasure:
     reserved_bytes: int
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """Numbers of a replay; `reserved_bytes` is the highest of all."""
 
     need_bytes: int

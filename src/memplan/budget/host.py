@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from memplan.budget.count import count_parameters
 from memplan.budget.result import Host, Line
@@ -15,8 +16,7 @@ from memplan.tape.sharding import layout
 from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
 
 
-@dataclass(frozen=True)
-class HostSizes:
+class HostSizes(NamedTuple):
     """What host memory depends on of a model, in elements."""
 
     base: int

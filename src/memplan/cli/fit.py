@@ -88,7 +88,7 @@ def fit(
 
         frontier = maximize(loaded.job, architecture, room, field)
         frontier = replace(frontier, headroom_bytes=capacity.usable_bytes - frontier.need_bytes)
-        report = replace(report, frontier=frontier)
+        report = report._replace(frontier=frontier)
         edits = {} if frontier.value is None else {field: frontier.value}
         found = frontier.value is not None
     else:
@@ -98,21 +98,21 @@ def fit(
         changes = tuple(
             replace(change, headroom_bytes=capacity.usable_bytes - change.need_bytes) for change in changes
         )
-        report = replace(
-            report, result=replace(result, changes=changes), truncations=truncations(loaded, changes)
+        report = report._replace(
+            result=replace(result, changes=changes), truncations=truncations(loaded, changes)
         )
         edits = changes[0].set if changes else {}
         found = bool(changes)
     sets = [edits] if field is not None else [change.set for change in report.result.changes or ()]
     if loaded.job.loop != "memplan":
         sets = sets[:1]  # the same for all of them
-    report = replace(
-        report, not_trained=tuple(why_not_trained(loaded.job.replace(**each), architecture) for each in sets)
+    report = report._replace(
+        not_trained=tuple(why_not_trained(loaded.job.replace(**each), architecture) for each in sets)
     )
     if edits:
         need_bytes = report.frontier.need_bytes if report.frontier is not None else changes[0].need_bytes
         changed = with_known_need(result, loaded.job.replace(**edits), need_bytes)
-        report = replace(report, verdict_with=judge(changed, capacity, loaded.job.margin))
+        report = report._replace(verdict_with=judge(changed, capacity, loaded.job.margin))
     write_report(report, output_format)
     if write is not None and found:
         write_changed(loaded, edits, write)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.budget.estimate import estimate_written
 from memplan.budget.result import Capacity, Result
@@ -33,7 +33,7 @@ def read_job(source: str | None, overrides: Sequence[str] | None, flags: Mapping
     if loaded.origins["attention"] == "memplan default" and _softcaps_attention(loaded):
         note = "`attention: eager`, as the model caps its scores and sdpa cannot"
         job = loaded.job.replace(attention="eager")
-        return replace(loaded, job=job, notes=(*loaded.notes, note))
+        return loaded._replace(job=job, notes=(*loaded.notes, note))
     return loaded
 
 
@@ -46,8 +46,7 @@ def _softcaps_attention(loaded: LoadedJob) -> bool:
     return architecture.attn_logit_softcapping is not None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A planned job."""
 
     architecture: Architecture | None

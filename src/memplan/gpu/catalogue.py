@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from memplan.errors import GpuError
 from memplan.units import MiB, format_bytes
@@ -22,8 +21,7 @@ _VENDORS = ("nvidia", "amd")
 _FILLER = re.compile(r"nvidia|geforce|tesla|rtx|gtx|gpu|generation|edition|[^a-z0-9]")
 
 
-@dataclass(frozen=True)
-class GpuProfile:
+class GpuProfile(NamedTuple):
     """One GPU of the catalogue."""
 
     name: str

@@ -7,7 +7,6 @@ All that is wrong is collected on the way and reported at once, each problem wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +22,7 @@ from memplan.job.source import expand_user, read_source
 from memplan.job.spec import Job
 
 
-@dataclass(frozen=True)
-class LoadedJob:
+class LoadedJob(NamedTuple):
     """A job and where it came from."""
 
     job: Job

@@ -7,10 +7,10 @@ Read from a `config.json` or a catalogue entry; nothing here imports transformer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One parameter tensor, named as transformers names it."""
 
     name: str
@@ -30,8 +30,7 @@ class Parameter:
         return count
 
 
-@dataclass(frozen=True)
-class LinearModule:
+class LinearModule(NamedTuple):
     """One linear layer, named as transformers names the module; what adapters and 4-bit storage attach to."""
 
     name: str
@@ -52,8 +51,7 @@ class LinearModule:
         return (self.out_features, self.in_features)
 
 
-@dataclass(frozen=True)
-class Buffer:
+class Buffer(NamedTuple):
     """One tensor of the model that is no parameter but sits on the device."""
 
     name: str

@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from memplan.model.config import architecture_from_config, class_name_of, is_supported
 from memplan.model.tensors import num_parameters
@@ -23,8 +22,7 @@ from memplan.model.tensors import num_parameters
 _FOLDER = Path(__file__).parent.parent / "profiles" / "models"
 
 
-@dataclass(frozen=True)
-class CatalogueEntry:
+class CatalogueEntry(NamedTuple):
     """One model of the catalogue."""
 
     name: str

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.job.spec import AllocatorSettings, Job
 
@@ -29,8 +29,7 @@ VARIABLES = (CUDA_VARIABLE, HIP_VARIABLE, SHARED_VARIABLE)
 """In the order in which torch 2.10 and above let them win."""
 
 
-@dataclass(frozen=True)
-class AllocatorEnvironment:
+class AllocatorEnvironment(NamedTuple):
     """Variables to set before torch starts, and what is worth saying about them."""
 
     variables: dict[str, str]

@@ -9,7 +9,8 @@ Each rule is a function of a `Subject` that yields `Lint`s; `RULES` lists them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from memplan.job.spec import DTYPE_BYTES, Job
 from memplan.model.architecture import Architecture
@@ -27,8 +28,7 @@ _LONG_SEQUENCE = 1024
 """From here on eager attention's scores are worth a word: they grow with the square of the length."""
 
 
-@dataclass(frozen=True)
-class Lint:
+class Lint(NamedTuple):
     """One finding: a stable code, a sentence, and what to do about it."""
 
     code: str
@@ -39,15 +39,14 @@ class Lint:
         return f"{self.message}; {self.remedy} [{self.code}]"
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """
     What is linted: the job, its architecture where it is known, and the environment that it would run in.
     """
 
     job: Job
     architecture: Architecture | None = None
-    environ: Mapping[str, str] = field(default_factory=dict)
+    environ: Mapping[str, str] = MappingProxyType({})
     torch_version: str | None = None
     platform: str = "linux"
 

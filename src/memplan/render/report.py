@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.budget.result import Change, Result, Verdict
 
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from memplan.preflight.run import Preflight
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """One result and what belongs to it; renderers read it and decide nothing."""
 
     result: Result
@@ -29,7 +28,7 @@ class Report:
     verdict_with: Verdict | None = None
     """Of the job with the smallest change, or at the frontier."""
     allow_capacity: bool = False
-    truncations: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    truncations: Mapping[int, tuple[int, int]] = MappingProxyType({})
     """{max_seq_len: (samples cut, samples in all)}, as far as the data is at hand."""
     not_trained: tuple[str | None, ...] = ()
     """Per change (or for the frontier): why `memplan train` does not run that job; None where it does."""

@@ -34,11 +34,11 @@ def summarise_recording(recorded: RecordedTape, *, file: str, gpu: str | None = 
     measured = measure(tape, recorded.settings)
     bounds = [(mark, after.event) for mark, after in zip(tape.marks, tape.marks[1:]) if mark.phase != "end"]
     phases = [
-        replace(phase, reserved_bytes=recorded.reserved_peak(mark.event, max(stop, mark.event + 1)))
+        phase._replace(reserved_bytes=recorded.reserved_peak(mark.event, max(stop, mark.event + 1)))
         for phase, (mark, stop) in zip(measured.phases, bounds, strict=True)
     ]
-    measured = replace(
-        measured, phases=phases, reserved_bytes=recorded.reserved_peak(0, len(tape.events) + 1)
+    measured = measured._replace(
+        phases=phases, reserved_bytes=recorded.reserved_peak(0, len(tape.events) + 1)
     )
     engine = {"name": "snapshot", "device": "cuda", "file": file}
     result = assemble(recorded, tape, measured, engine=engine, outside_bytes=outside)

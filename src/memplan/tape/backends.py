@@ -8,6 +8,7 @@ first kernel of the order that takes a call runs it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from memplan.errors import JobError
 
@@ -25,8 +26,7 @@ FLASH_FIRST = ("flash", "efficient", "math")
 CUDNN_FIRST = ("cudnn", *FLASH_FIRST)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the choice looks at."""
 
     dtype: str

@@ -9,6 +9,7 @@ integrations/moe.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.tape import scratch
 from memplan.tape.engine import Graph
@@ -17,8 +18,7 @@ from memplan.tape.products import product_backward
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Shape, Tensor
 
 
-@dataclass
-class StackAdapter:
+class StackAdapter(NamedTuple):
     """LoRA on a stacked parameter (E, out, in), for all experts together: A (E*r, in), B (out, E*r)."""
 
     a: Parameter

@@ -8,6 +8,7 @@ A 3-D input is folded to a matrix, so every product is `mm`, or `addmm` where th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from memplan.tape import zero3_linear
 from memplan.tape.engine import Graph
@@ -17,8 +18,7 @@ from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
 from memplan.tape.token_rows import TokenRows, merged
 
 
-@dataclass
-class Adapter:
+class Adapter(NamedTuple):
     """LoRA beside a linear layer: A (r, in), B (out, r)."""
 
     a: Parameter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from memplan.model.architecture import Architecture
 from memplan.model.families import layout as layout_of
@@ -63,8 +64,7 @@ class Model:
         return self.embedding if self.rows is None else merged(g, self.rows)
 
 
-@dataclass(frozen=True)
-class LinearSpec:
+class LinearSpec(NamedTuple):
     """A linear layer by its path in the block (or, for the head, in the model)."""
 
     path: str

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from memplan.tape.engine import Graph
 from memplan.tape.tape import Mark, Storage, Tape
@@ -27,8 +28,7 @@ class NotRepeatable(Exception):
     """The recorded blocks are not alike where the repetition needs them to be."""
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """The blocks to record. `periods[i]` = p: after block i, blocks are left out that repeat the p blocks up to i."""
 
     layers: tuple[int, ...]
@@ -106,8 +106,7 @@ class Template:
         return [(group, relative) for group, relative, _, _ in self.externals]
 
 
-@dataclass
-class Instance:
+class Instance(NamedTuple):
     """A template at a block; `base` is the id before its first allocation."""
 
     template: Template

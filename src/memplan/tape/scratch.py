@@ -6,11 +6,10 @@ One table for both writers; docs/tracing.md shows it. Nothing in it has been mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """What an operation takes inside, and how we know."""
 
     takes: str

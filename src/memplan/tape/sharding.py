@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from memplan.job.spec import Job
 from memplan.tape.engine import Graph
@@ -25,8 +25,7 @@ SHARDED = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD")
 """Strategies of FSDP."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """What of the model's state is cut into how many parts."""
 
     parameters: int
@@ -85,8 +84,7 @@ def fill_shards(g: Graph, whole: Mapping[str, list[int]]) -> None:
         g.scratch(*sizes, name=f"{name} before it is cut")
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One tensor of a unit: its full shape, the dtype it is stored in, and the one it is gathered in."""
 
     name: str

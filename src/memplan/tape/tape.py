@@ -6,7 +6,7 @@ writers (shape, trace, snapshot) and everything that reads them (allocator, budg
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 CATEGORIES = (
     "weights", "quant_state", "adapters", "gradients", "optimizer", "activations", "logits_loss", "inputs",
@@ -17,8 +17,7 @@ CATEGORIES = (
 PHASES = ("load", "forward", "backward", "optimizer_step", "evaluation")
 
 
-@dataclass(frozen=True)
-class Storage:
+class Storage(NamedTuple):
     """What one allocation holds: `where` names module and tensor, shape and dtype are None when unknown."""
 
     num_bytes: int
@@ -28,8 +27,7 @@ class Storage:
     shape: tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A phase begins at `event`: index into `Tape.events` of its first event."""
 
     event: int

@@ -7,15 +7,14 @@ large as the matrix before the rows are taken out of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.tape.engine import Graph
 from memplan.tape.ops import cast
 from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
 
 
-@dataclass
-class TokenRows:
+class TokenRows(NamedTuple):
     """The trained rows of `weight`, and a copy of what they were, which peft keeps."""
 
     weight: Parameter

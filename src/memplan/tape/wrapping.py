@@ -10,7 +10,7 @@ beyond what it allocates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.tape.engine import Graph
 from memplan.tape.sharding import Part
@@ -23,8 +23,7 @@ BUCKETS_IN_FLIGHT = 2
 """broadcast_coalesced (torch/csrc/distributed/c10d/comm.cpp)."""
 
 
-@dataclass(frozen=True)
-class ToWrap:
+class ToWrap(NamedTuple):
     """A tensor of the block `layer` (None: outside the blocks); of a packed one there is no parameter."""
 
     layer: int | None

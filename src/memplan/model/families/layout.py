@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.model.architecture import Buffer, Parameter
 
 
-@dataclass(frozen=True)
-class Module:
+class Module(NamedTuple):
     """A leaf module with its parameters; `name` is relative to the block when it is part of one."""
 
     name: str
@@ -38,8 +37,7 @@ class Module:
             yield Parameter(f"{prefix}{self.name}.bias", (out_features,), role, layer)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """
     The modules of a model in order of registration; all blocks have the same.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import Graph
@@ -22,8 +22,7 @@ Attend = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 """Attention of a block, and the weights of eager attention."""
 
 
-@dataclass
-class Given:
+class Given(NamedTuple):
     """
     What the model makes once and gives to its blocks beside the hidden states: the mask, the rotary table, the
     positions. A recomputation keeps all of it.
