@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from memplan.allocator.cache import Cache
 from memplan.allocator.segments import ADDRESS_BITS, BOUNDARY
-from memplan.allocator.sizes import MIN_BLOCK_BYTES, SMALL_REQUEST_BYTES, UNLIMITED, block_bytes
+from memplan.allocator.sizes import SMALL_REQUEST_BYTES, UNLIMITED, block_bytes
 from memplan.job.spec import AllocatorSettings
 
 
@@ -73,9 +73,9 @@ class CachingAllocator(Cache):
 
     def all_block_bytes(self, sizes: Iterable[int]) -> list[int]:
         """`block_bytes` of every size."""
-        if self.settings.roundup_power2_divisions:
-            return [self.block_bytes(size) for size in sizes]
-        return [(size + (MIN_BLOCK_BYTES - 1)) & -MIN_BLOCK_BYTES for size in sizes]
+        sizes = list(sizes)
+        rounded = {size: self.block_bytes(size) for size in set(sizes)}
+        return [*map(rounded.__getitem__, sizes)]
 
     def run(
         self, events: Iterable[int], sizes: Sequence[int] | Mapping[int, int], streams: Mapping[int, int]
@@ -100,6 +100,7 @@ class CachingAllocator(Cache):
         split_below = UNLIMITED if expandable else self.max_split_bytes
         allocated = self.allocated_bytes
         peak = self.peak_allocated_bytes
+        peak_storage = self.peak_allocated_storage
         try:
             for event in events:
                 if event > 0:
@@ -116,9 +117,12 @@ class CachingAllocator(Cache):
                     if index == len(keys) or rare_rules:
                         self.allocated_bytes = allocated
                         index = self.find(pool, index, size, event)
-                    elif expandable and index + 1 < len(keys) and not mapped[next_of[rows[index]]]:
-                        index = self.least_expandable(pool, index)
-                    block = rows[index]
+                        block = rows[index]
+                    else:
+                        block = rows[index]
+                        if expandable and not mapped[next_of[block]] and index + 1 < len(keys):
+                            index = self.least_expandable(pool, index)
+                            block = rows[index]
                     remainder = size_of[block] - size
                     if remainder >= pool.min_remainder_bytes and size < split_below:
                         rest = block
@@ -148,7 +152,7 @@ class CachingAllocator(Cache):
                     allocated += size
                     if allocated > peak:
                         peak = allocated
-                        self.peak_allocated_storage = event
+                        peak_storage = event
                 else:
                     block = live.pop(-event)
                     if block == BOUNDARY:
@@ -206,6 +210,7 @@ class CachingAllocator(Cache):
         finally:
             self.allocated_bytes = allocated
             self.peak_allocated_bytes = peak
+            self.peak_allocated_storage = peak_storage
 
     def reset_peaks(self) -> None:
         """Peaks start again from what is held now."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from operator import neg
 
 from memplan.allocator.cache import AllocatorOutOfMemory
 from memplan.allocator.caching_allocator import CachingAllocator
@@ -85,7 +86,7 @@ def smallest_capacity_exact(
 
 def peak_live_bytes(events: Sequence[int], sizes: Sequence[int]) -> int:
     """The largest sum of `sizes` alive at once."""
-    changes = [*sizes, *(-size for size in reversed(sizes[1:]))]
+    changes = [*sizes, *map(neg, reversed(sizes[1:]))]
     # The change of event -i stands at index -i.
     return max(accumulate(map(changes.__getitem__, events)), default=0)
 

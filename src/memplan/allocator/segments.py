@@ -51,9 +51,9 @@ class Blocks:
         if not self.spare:
             rows = range(len(self.size), len(self.size) + _ROWS)
             self.spare.extend(reversed(rows))
-            self.mapped.extend(True for _ in rows)
+            self.mapped += [True] * _ROWS
             for column in (self.address, self.size, self.key, self.previous, self.next, self.pool):
-                column.extend(0 for _ in rows)
+                column += [0] * _ROWS
         return self.spare.pop()
 
     def copy(self) -> Blocks:
@@ -171,13 +171,12 @@ class Segments:
         """Map pages at the lowest address with room for `size` bytes (`try_allocate_expandable_block`)."""
         sizes = self.blocks.size
         row = self._room(pool, size)
-        if not self.blocks.mapped[row] and not self._map(pool, row, min(size, sizes[row])):
-            return BOUNDARY
-        while sizes[row] < size:
+        if not self.blocks.mapped[row]:
+            row = self._map(pool, row, min(size, sizes[row]))
+        while row != BOUNDARY and sizes[row] < size:
             missing = size - sizes[row]
             row = self.blocks.next[row]
-            if not self._map(pool, row, min(missing, sizes[row])):
-                return BOUNDARY
+            row = self._map(pool, row, min(missing, sizes[row]))
         return row
 
     def _room(self, pool: Pool, size: int) -> int:
@@ -199,21 +198,25 @@ class Segments:
         pool.unmapped.append(row)
         return row
 
-    def _map(self, pool: Pool, row: int, size: int) -> bool:
-        """Back the first `size` bytes of an unmapped block, rounded up to pages, and cache them."""
+    def _map(self, pool: Pool, row: int, size: int) -> int:
+        """
+        Back the first `size` bytes of an unmapped block, rounded up to pages, and cache them. The block that holds
+        them; `BOUNDARY` if the driver cannot give them.
+        """
         blocks = self.blocks
         mapped = round_up(size, pool.page_bytes)
         if not self._take(mapped):
-            return False
-        pool.unmapped.remove(row)
-        if mapped < blocks.size[row]:
-            self.insert(self._split(row, mapped))
-        blocks.mapped[row] = True
+            return BOUNDARY
         if self.segment_watcher is not None:
             self.segment_watcher("segment_map", blocks.address[row], mapped, pool)
+        if mapped < blocks.size[row]:
+            row = self._split_front(row, mapped)
+        else:
+            pool.unmapped.remove(row)
+        blocks.mapped[row] = True
         self._merge(row)
         self.insert(row)
-        return True
+        return row
 
     # Giving back
 
@@ -294,6 +297,22 @@ class Segments:
         blocks.next[row] = rest
         blocks.size[row] = size
         return rest
+
+    def _split_front(self, row: int, size: int) -> int:
+        """Cut the first `size` bytes off a block that stays where `insert` put it; returns them, in no pool."""
+        blocks = self.blocks
+        front = blocks.new_row()
+        before = blocks.previous[row]
+        blocks.address[front] = blocks.address[row]
+        blocks.size[front] = size
+        blocks.pool[front] = blocks.pool[row]
+        blocks.previous[front] = before
+        blocks.next[before] = front
+        blocks.next[front] = row
+        blocks.previous[row] = front
+        blocks.address[row] += size
+        blocks.size[row] -= size
+        return front
 
     def _merge(self, row: int) -> None:
         """Let a block that is in no pool swallow the neighbours that are cached, or unmapped, like it."""

@@ -15,13 +15,10 @@ TIMELINE_POINTS = 240
 class Snapshot:
     """The storages alive after one event."""
 
-    def __init__(self, ids: set[int], sizes: Sequence[int], categories: Sequence[str], unit: int) -> None:
+    def __init__(self, ids: set[int], by_category: dict[str, int], sizes: Sequence[int]) -> None:
         self.ids = ids
+        self.by_category = by_category
         self.sizes = sizes
-        self.by_category: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
-        totals = self.by_category
-        for storage_id in ids:
-            totals[categories[storage_id]] += -(-sizes[storage_id] // unit) * unit
 
     def lines(self, allocated_bytes: int) -> tuple[Line, ...]:
         """
@@ -47,7 +44,10 @@ class Snapshot:
 def snapshots(tape: Tape, written: WrittenTape, events: Sequence[int], unit: int) -> list[Snapshot]:
     """The state after each of these events (indices into the tape, in ascending order; -1: before all)."""
     categories = written.categories()
+    sizes = tape.sizes
     alive: set[int] = set()
+    before: set[int] = set()
+    totals = dict.fromkeys(CATEGORIES, 0)
     is_allocation = (0).__lt__
     states = []
     start = 0
@@ -55,7 +55,12 @@ def snapshots(tape: Tape, written: WrittenTape, events: Sequence[int], unit: int
         stretch = tape.events[start : stop + 1]
         alive.update(filter(is_allocation, stretch))
         alive.difference_update(map(neg, stretch))
-        states.append(Snapshot(set(alive), tape.sizes, categories, unit))
+        for storage_id in alive - before:
+            totals[categories[storage_id]] += -(-sizes[storage_id] // unit) * unit
+        for storage_id in before - alive:
+            totals[categories[storage_id]] -= -(-sizes[storage_id] // unit) * unit
+        before = set(alive)
+        states.append(Snapshot(before, dict(totals), sizes))
         start = stop + 1
     return states
 
@@ -64,7 +69,7 @@ def timeline(tape: Tape) -> tuple[tuple[str, int, int], ...]:
     """
     (phase, step, largest live bytes) of stretches of the tape: about TIMELINE_POINTS, at least one per phase.
     """
-    changes = [*tape.sizes, *(-size for size in reversed(tape.sizes[1:]))]
+    changes = [*tape.sizes, *map(neg, reversed(tape.sizes[1:]))]
     live = list(accumulate(map(changes.__getitem__, tape.events)))
     stride = max(1, len(live) // TIMELINE_POINTS)
     points = []

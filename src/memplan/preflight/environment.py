@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from memplan.job.spec import AllocatorSettings, Job
 
@@ -29,7 +29,8 @@ VARIABLES = (CUDA_VARIABLE, HIP_VARIABLE, SHARED_VARIABLE)
 """In the order in which torch 2.10 and above let them win."""
 
 
-class AllocatorEnvironment(NamedTuple):
+@dataclass(frozen=True)
+class AllocatorEnvironment:
     """Variables to set before torch starts, and what is worth saying about them."""
 
     variables: dict[str, str]

@@ -9,6 +9,7 @@ Each rule is a function of a `Subject` that yields `Lint`s; `RULES` lists them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ _LONG_SEQUENCE = 1024
 """From here on eager attention's scores are worth a word: they grow with the square of the length."""
 
 
-class Lint(NamedTuple):
+@dataclass(frozen=True)
+class Lint:
     """One finding: a stable code, a sentence, and what to do about it."""
 
     code: str
