@@ -71,7 +71,7 @@ def estimate(
     if engine == "snapshot":
         raise JobError("`--engine snapshot` reads a memory snapshot, and none is named", hint="name its file")
     loaded = read_job(job, overrides, flags)
-    planned = plan(loaded, engine)
+    planned = plan(loaded, engine, alone=True)
     result = planned.result
     if planned.architecture is not None:
         _mention_past_runs(loaded.job, planned.architecture)

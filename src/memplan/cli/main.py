@@ -14,12 +14,21 @@ INTERNAL_ERROR = 70
 INTERRUPTED = 130
 
 
+_process = {"is_own": False}
+
+
+def has_own_process() -> bool:
+    """Whether this process was started for one command, and ends with it."""
+    return _process["is_own"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """
     Run the command line and return its exit code; `arguments` default to those of the process.
 
     Nothing but a bug ends in a traceback, and that one only with MEMPLAN_DEBUG=1.
     """
+    _process["is_own"] = arguments is None
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except MemplanError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,8 +13,8 @@ from memplan.errors import MemplanError, NoSuchAttention, UnknownModel
 from memplan.model import resolve_config, resolve_model
 from memplan.model.architecture import Architecture
 from memplan.tape.tape import WrittenTape
-from memplan.tracing.compiler import without_compiler
 from memplan.tracing.estimate import estimate_traced, missing_software
+from memplan.tracing.lean import without_the_unused
 
 if TYPE_CHECKING:
     from memplan.job.load import LoadedJob
@@ -55,12 +56,13 @@ class Plan(NamedTuple):
     result: Result
 
 
-def plan(loaded: LoadedJob, engine: str = "auto") -> Plan:
+def plan(loaded: LoadedJob, engine: str = "auto", *, alone: bool = False) -> Plan:
     """
     The tape and the result of a job, without a capacity.
 
     Args:
         engine: `shape`, `trace`, or `auto`: shape, and trace for architectures that it has no program for.
+        alone: nothing else is planned in this process.
 
     Raises:
         UnknownModel: no engine at hand can plan the architecture.
@@ -82,7 +84,7 @@ def plan(loaded: LoadedJob, engine: str = "auto") -> Plan:
     written: WrittenTape
     if architecture is None or engine == "trace":
         config = resolve_config(job.model, base_dir=loaded.base_dir).config
-        with without_compiler():
+        with _lean(alone=alone and job.world_size == 1):
             job, notes, (written, result) = _traced(loaded, config)
     else:
         written, result = estimate_written(job, architecture)
@@ -103,6 +105,13 @@ def _traced(
         job = loaded.job.replace(attention="eager")
         notes = (*loaded.notes, f"`attention: eager`, as {error.message}")
         return job, notes, estimate_traced(job, config)
+
+
+def _lean(*, alone: bool) -> AbstractContextManager[None]:
+    """Imports of torch and transformers that others in this process may use are whole."""
+    from memplan.cli.main import has_own_process
+
+    return without_the_unused(alone=alone) if has_own_process() else nullcontext()
 
 
 def against(result: Result, capacity: Capacity | None, margin: str | None = None) -> Result:

@@ -9,6 +9,7 @@ The trace writer: real training steps, run on meta tensors with the libraries at
 * `specs.py`      outputs of operations, remembered by the shapes of their inputs
 * `shadow.py`     values of the small tensors that decide what runs
 * `calibrate.py`  reference counts of the torch at hand
+* `lean.py`       what a process that only traces does not import; `lazy.py`, `sizes.py`, `model_names.py` how
 
 Importing this package imports no torch; its modules do.
 """
