@@ -225,3 +225,20 @@ def test_a_mask_selects_as_many_as_it_is_true_for() -> None:
         out.sum().backward()
 
     assert memplan.trace(fill, [embedding, head], None, batch).peak_bytes
+
+
+def test_what_is_written_over_is_no_longer_known() -> None:
+    """Neither the tensor nor the one that it is a view of."""
+    model, seen = nn.Linear(4, 4), []
+
+    def step(batch: torch.Tensor) -> None:
+        whole, part = torch.zeros(4, device=batch.device), torch.zeros(4, device=batch.device)
+        seen.append(whole.sum().item())
+        whole += model(batch).detach().sum(0)
+        part[0] = model(batch).detach().sum()
+        seen.extend([whole.sum().item(), part.sum().item()])
+        model(batch).sum().backward()
+
+    traced = memplan.trace(step, model, None, torch.ones(2, 4), steps=1)
+    assert [0.0, 1.0, 1.0] == seen
+    assert any("looked at 2 such values" in note for note in traced.result.warnings)

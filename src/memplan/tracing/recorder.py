@@ -53,6 +53,8 @@ class _Operation:
     is_product: bool
     is_pure: bool
     """Returns fresh tensors only and changes none."""
+    writes: bool
+    """Changes its first argument."""
 
 
 class Recorder(TorchDispatchMode):
@@ -369,6 +371,8 @@ class Recorder(TorchDispatchMode):
         if self.workspace_bytes and (operation.is_product or self._phase == "backward"):
             self._claim_workspace()
         known = self.shadows.evaluate(operation.name, func, args, kwargs)
+        if known is None and operation.writes:
+            self.shadows.forget(args[0])
         if operation.name == "aten::_local_scalar_dense" and args[0].device.type == "meta":
             return self._read(args[0], known)
         if operation.name in ("aten::_to_copy", "aten::copy_"):
@@ -401,6 +405,7 @@ class Recorder(TorchDispatchMode):
             scratch=SCRATCH.get(name),
             is_product=name in PRODUCTS,
             is_pure=self.device_type == "meta" and _is_pure(func._schema),
+            writes=func._schema.is_mutable and isinstance(func._schema.arguments[0].type, torch.TensorType),
         )
         return operation
 

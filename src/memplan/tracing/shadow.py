@@ -56,6 +56,12 @@ class Shadows:
                 if isinstance(tensor, Tensor) and isinstance(value, Tensor):
                     tensor._shadow = value
 
+    def forget(self, tensor: Any) -> None:
+        """Values that are not known were written into a tensor, or into the one that it is a view of."""
+        for written in (tensor, getattr(tensor, "_base", None)):
+            if written is not None and hasattr(written, "_shadow"):
+                del written._shadow
+
     def evaluate(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation's result on known values; None if any input's are unknown."""
         if not self.enabled:
