@@ -25,10 +25,10 @@ def _where(is_plain: Callable[[Any], bool]) -> Callable[[Callable[..., Any]], Ca
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def answer(*values: Any) -> Any:
-            if all(map(holds, values)):
+        def answer(*values: Any, **options: Any) -> Any:
+            if not options and all(map(holds, values)):
                 return function(*values)
-            return getattr(asked(MODULE), function.__name__)(*values)
+            return getattr(asked(MODULE), function.__name__)(*values, **options)
 
         return answer
 
@@ -98,6 +98,18 @@ def guarding_hint_or_throw(a: int) -> int:
 
 
 @_where(_is_int)
+def has_hint(a: int) -> bool:
+    """`has_guarding_hint`, as torch 2.11 calls it."""
+    return True
+
+
+@_where(_is_int)
+def size_hint(a: int) -> int:
+    """`guarding_hint_or_throw`, as torch 2.11 calls it."""
+    return a
+
+
+@_where(_is_int)
 def guard_int(a: int) -> int:
     return a
 
@@ -131,6 +143,8 @@ ANSWERS: dict[str, Callable[..., Any]] = {
         is_nested_int,
         has_guarding_hint,
         guarding_hint_or_throw,
+        has_hint,
+        size_hint,
         guard_int,
         guard_size_oblivious,
         expect_true,
