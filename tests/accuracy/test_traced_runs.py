@@ -110,7 +110,7 @@ def test_a_trace_has_the_error_band_of_both_engines():
             engine,
         )
         for engine, predicted in (("shape", 990), (TRACE, 1020))
-        for number in range(5)
+        for number in range(19)
     ]
     bands = error_bands(rows, [])
 
