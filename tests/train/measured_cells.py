@@ -76,8 +76,8 @@ class Measured:
             max_seq_len=64,
             train__max_grad_norm=1.0,
         )
-        Path(str(job.data.train)).write_text('{"text": "' + "All of it counts. " * 600 + '"}\n')
-        return job.replace(**STRATEGIES[self.strategy])
+        Path(str(job.data.train)).write_text(('{"text": "' + "All of it counts. " * 9 + '"}\n') * 8)
+        return job.replace(**STRATEGIES[self.strategy], **{"data.eval": job.data.train})
 
 
 GRID = [
@@ -116,6 +116,8 @@ def measure(job: Job, group: Group = ALONE) -> dict[str, int]:
     meter.adopt(parallel.built.model)
     for step in range(1, NUM_STEPS + 1):
         loop.step(step)
+        if step == NUM_STEPS:
+            loop.evaluate(_batches(job), step)
         meter.end_step(step)
     return {phase: peak.allocated_peak_bytes for phase, peak in highest_by_phase(meter.peaks()).items()}
 

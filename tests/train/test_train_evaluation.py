@@ -52,7 +52,7 @@ def _scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None
         {},
         {"loss": "chunked", "packing": True},
         {"config": GPT2},
-        {"method": "npt", "npt__samples": 2, "npt__sample_tokens": 4},
+        {"method": "npt", "train__sample_prompts": 2, "train__sample_tokens": 4},
         {"method": "npt", "npt__objective": "end_to_end", "npt__logits_weight": 0.5, "packing": True},
         {"method": "npt", "config": GPT2, "dtype": "bfloat16", "npt__stream": "student"},
     ],

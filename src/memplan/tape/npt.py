@@ -20,6 +20,7 @@ from memplan.tape.programs import Settings, decoder
 from memplan.tape.programs.blocks import Attend
 from memplan.tape.programs.gpt2 import gpt2_mlp
 from memplan.tape.programs.layers import activation, gated_mlp
+from memplan.tape.sharding import whole_root
 from memplan.tape.tensors import Gradients, Node, Tensor
 
 
@@ -46,9 +47,10 @@ def evaluate(
     settings.npt_block = lambda block, hidden, attend: _local_block(
         g, model, block, hidden, measured, attend, settings.npt_metrics, trains=False
     )
-    hidden = decoder(g, model, ids, settings)
-    g.leave_autocast()
-    del hidden
+    with whole_root(g):
+        hidden = decoder(g, model, ids, settings)
+        g.leave_autocast()
+        del hidden
     metrics = read_metrics(g, num_converted)
     del objective_of_pass, metrics
     for mode in ("base", "npt"):
@@ -58,10 +60,11 @@ def evaluate(
             settings.npt_block = lambda block, hidden, attend: _npt_block(
                 g, model, block, hidden, job, attend, None
             )
-        hidden = decoder(g, model, ids, settings)
-        loss = evaluation_loss(g, hidden, model.head, labels)
-        g.leave_autocast()
-        del hidden, loss
+        with whole_root(g):
+            hidden = decoder(g, model, ids, settings)
+            loss = evaluation_loss(g, hidden, model.head, labels)
+            g.leave_autocast()
+            del hidden, loss
 
 
 def end_to_end_step(

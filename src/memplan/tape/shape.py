@@ -27,7 +27,7 @@ from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.parts import Model
 from memplan.tape.programs import FAMILIES, Settings, decoder
 from memplan.tape.programs import logits as logits_of
-from memplan.tape.sharding import Units
+from memplan.tape.sharding import Units, whole_root
 from memplan.tape.targets import check_targets
 from memplan.tape.tensors import Tensor
 from memplan.tape.zero import ZeroOptimizer
@@ -183,8 +183,8 @@ def checkpointed_layers(job: Job, num_layers: int) -> frozenset[int]:
 
 
 def evaluates(job: Job) -> bool:
-    """Whether the tape ends with an evaluation: by the trainer's own loop, on one device."""
-    return job.data.eval is not None and job.loop == "memplan" and job.world_size == 1
+    """Whether the tape ends with an evaluation: by the trainer's own loop, which has no DeepSpeed."""
+    return job.data.eval is not None and job.loop == "memplan" and not zero_stage(job)
 
 
 class Loop:
@@ -315,33 +315,30 @@ class Loop:
         g, job = self.g, self.job
         ids, labels = self.batch
         self.settings.cache = []
-        if g.units is not None:
-            g.units.before_forward(None, None)
-        roots = ("PeftModel", "LoraModel", "head") if job.method == "lora" else ("head",)
-        for root in roots:
-            entered(g, root)
         loss = None
-        if job.method == "npt":
-            from memplan.tape.npt import end_to_end_step, local_step, objective, read_metrics
+        with whole_root(g):
+            if job.method == "npt":
+                from memplan.tape.npt import end_to_end_step, local_step, objective, read_metrics
 
-            num_converted = len(npt_layers(job, self.model.architecture))
-            if job.npt.objective == "end_to_end":
-                return end_to_end_step(g, self.model, ids, job, self.settings, label, num_converted)
-            last_hidden = local_step(g, self.model, ids, job, self.settings)
-            g.leave_autocast()
-            del last_hidden
-            self.metrics = read_metrics(g, num_converted)
-            objective(g, num_converted)
-        else:
-            hidden = [decoder(g, self.model, ids, self.settings)]
-            g.category = "logits_loss"
-            with g.module("loss"):
-                loss = self.loss(hidden, labels)
-            g.category = "activations"
-            for root in reversed(roots):
-                loss = left(g, root, loss)
-        if g.units is not None:
-            g.units.after_forward(None)
+                num_converted = len(npt_layers(job, self.model.architecture))
+                if job.npt.objective == "end_to_end":
+                    return end_to_end_step(g, self.model, ids, job, self.settings, label, num_converted)
+                last_hidden = local_step(g, self.model, ids, job, self.settings)
+                g.leave_autocast()
+                del last_hidden
+                self.metrics = read_metrics(g, num_converted)
+                objective(g, num_converted)
+            else:
+                roots = ("PeftModel", "LoraModel", "head") if job.method == "lora" else ("head",)
+                for root in roots:
+                    entered(g, root)
+                hidden = [decoder(g, self.model, ids, self.settings)]
+                g.category = "logits_loss"
+                with g.module("loss"):
+                    loss = self.loss(hidden, labels)
+                g.category = "activations"
+                for root in reversed(roots):
+                    loss = left(g, root, loss)
         return loss
 
     def loss(self, held: list[Tensor], labels: Tensor) -> Tensor:

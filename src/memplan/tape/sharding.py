@@ -7,7 +7,8 @@ two FSDPs of torch take to gather and reduce them, ddp.py what replicas take.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple, Protocol
@@ -142,3 +143,13 @@ class Units(Protocol):
 
     def end_backward(self) -> None:
         """Backward is over."""
+
+
+@contextmanager
+def whole_root(g: Graph) -> Iterator[None]:
+    """Around a forward pass of the model: what is outside its blocks is there inside."""
+    if g.units is not None:
+        g.units.before_forward(None, None)
+    yield
+    if g.units is not None:
+        g.units.after_forward(None)
