@@ -10,8 +10,8 @@ from memplan.job.load import load_job
 from memplan.job.spec import Job
 from memplan.model import resolve_model
 from memplan.tape.behaviour import Behaviour
-from memplan.tape.engine import Graph
 from memplan.tape.fsdp1 import Fsdp1Units
+from memplan.tape.graph import Graph
 from memplan.tape.sharding import Contents, Part, layout
 from memplan.tape.tensors import Storage
 from memplan.tape.wrapping import ToWrap, wrap_unit, wrap_units

@@ -14,7 +14,7 @@ from memplan.job.check import check_job
 from memplan.job.spec import Job, Lora, Offload, Parallel
 from memplan.model.architecture import Architecture
 from memplan.model.tensors import num_parameters
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.tape import Tape
 from memplan.tape.tensors import Parameter
 from memplan.tape.writer import write_tape

@@ -11,7 +11,7 @@ from memplan.job.check import check_job
 from memplan.job.spec import Job, Offload, Parallel
 from memplan.model.tensors import num_parameters
 from memplan.model.tensors import parameters as parameters_of
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.modules import hooked
 from memplan.tape.tensors import Tensor
 from memplan.tape.writer import write_tape

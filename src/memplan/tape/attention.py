@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.tape.backends import Call
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.ops import (
     add,
     cast,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from math import prod
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage
 
 FIRST_BUCKET_BYTES = 1 << 20

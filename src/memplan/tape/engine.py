@@ -1,369 +1,160 @@
 """
-A shape-only PyTorch: tensors are shapes with reference counts, operations record autograd nodes, backward runs them.
-
-Nothing is computed. A `Storage` writes an allocation when it is made and a free when Python drops its last reference,
-which is when PyTorch's intrusive reference count drops too: a program written like the model's own `forward` has the
-model's lifetimes. The autograd engine follows torch/csrc/autograd/engine.cpp: nodes run in the order of their sequence
-numbers, a node's input gradients live until it has returned, its saved tensors until its outputs have been validated,
-and gradients that meet are added in place when the first of them has a single owner.
+The autograd engine of the shape-only PyTorch, as torch/csrc/autograd/engine.cpp: nodes run in the order of their
+sequence numbers, a node's input gradients live until it has returned, its saved tensors until its outputs have been
+validated, and gradients that meet are added in place when the first of them has a single owner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from heapq import heappop, heappush
-from math import prod
 from sys import getrefcount
-from typing import TYPE_CHECKING, Any
 
-from memplan.tape.backends import Target
-from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Saved, Shape, Storage, Tensor
-
-if TYPE_CHECKING:
-    from memplan.tape.modules import Hooks
-    from memplan.tape.sharding import Units
+from memplan.tape.graph import Graph
+from memplan.tape.tensors import Gradients, Node, Parameter, Saved, Storage, Tensor
 
 
-class Graph:
-    """
-    Where operations write: the events so far, what each storage is, and the state of autograd.
+def backward(g: Graph, loss: Tensor) -> None:
+    """Run the graph that ends in `loss`, a scalar."""
+    outer_path, outer_category, outer_layer, outer_grad = (
+        g.path,
+        g.category,
+        g.layer,
+        g.grad_enabled,
+    )
+    g.grad_enabled, g.in_backward = False, True
+    root = loss.node
+    assert root is not None
+    g.arrived.clear()
+    g.enter(root.layer)
+    g.category = root.category
+    ones = g.new((), loss.dtype, "grad of loss")  # the caller of the engine holds it until all is done
+    if root.layer is None:
+        g.claim_workspace()
+    buffers: dict[Node | Parameter, dict[int, Tensor]] = {root: {0: ones}}
+    visited = root.layer
+    if g.units is not None:
+        g.units.visit_backward(visited)
+    visited = _run_from(g, root, buffers)
+    if g.units is not None:
+        g.units.leave_backward(visited)
+        g.units.end_backward()
+    g.in_backward = False
+    g.path, g.category, g.grad_enabled = outer_path, outer_category, outer_grad
+    g.enter(outer_layer)
+    del ones
 
-    `group` and `layer` name the stretch of events being written (repeat.py folds equal stretches of equal layers).
-    """
 
-    def __init__(self, device: str = "cuda") -> None:
-        self.device = device
-        self.events: list[int] = []
-        self.sizes: list[int] = [0]
-        self.info: list[tuple[str, str, str, str, Shape]] = [("", "", "", "", ())]
-        self.streams: dict[int, int] = {}
-        self.stretches: list[tuple[int, str, int | None]] = []
-        self.group = ""
-        self.layer: int | None = None
-        self.path = ""
-        self.category = "activations"
-        self.stream = 0
-        self.grad_enabled = True
-        self.training = True
-        """False in eval mode: no dropout."""
-        self.autocast: str | None = None
-        self.autocast_cache: dict[int, tuple[int | None, Tensor]] = {}
-        self.save_hook: Callable[[list[Tensor | None]], Saved] = Saved
-        self.sequence = 0
-        self.workspaces: set[str] = set()
-        self.workspace_bytes = 0
-        self.persistent: list[Any] = []
-        self.in_backward = False
-        self.units: Units | None = None
-        self.on_gradient: Callable[[Parameter], None] | None = None
-        """Runs when a parameter has its gradient, which the engine holds meanwhile (post_acc_grad_hooks)."""
-        self.hooks: Hooks | None = None
-        """Run around every module that has parameters of its own."""
-        self.target = Target(device)
-        """What chooses attention's kernel."""
-        self.arrived: list[Parameter] = []
-        """Parameters in the order in which the last backward pass has brought their gradients."""
-
-    # -- stretches -----------------------------------------------------------------------------------------
-
-    def enter(self, layer: int | None) -> None:
-        """From here on events belong to this block (None: outside the blocks)."""
-        if layer != self.layer:
-            self.layer = layer
-            self.stretches.append((len(self.events), self.group, layer))
-
-    def leave_autocast(self) -> None:
-        """Casts of weights live until autocast ends, unless the graph keeps them; dropped block by block."""
-        if self.in_backward:
-            self.autocast_cache.clear()  # a recomputation's: one block's casts
-        if not self.autocast_cache:
-            return
-        outer_group, outer_layer = self.group, self.layer
-        self.begin(f"autocast cache {len(self.stretches)}")
-        cached, self.autocast_cache = self.autocast_cache, {}
-        while cached:
-            key = next(iter(cached))
-            self.enter(cached[key][0])
-            del cached[key]
-        self.begin(f"{outer_group}'")
-        self.enter(outer_layer)
-
-    def begin(self, group: str) -> None:
-        """A new group of stretches: part of a phase that visits each block at most once, in order or in reverse."""
-        self.group = group
-        self.layer = None
-        self.stretches.append((len(self.events), group, None))
-
-    # -- allocation ----------------------------------------------------------------------------------------
-
-    def new(
-        self, shape: Shape, dtype: str, name: str, category: str | None = None, transposed: bool = False
-    ) -> Tensor:
-        """A tensor in a new storage."""
-        return Tensor(
-            shape,
-            dtype,
-            self.storage(prod(shape) * ITEMSIZE[dtype], name, dtype, shape, category),
-            transposed,
-        )
-
-    def storage(
-        self, num_bytes: int, name: str, dtype: str = "uint8", shape: Shape = (), category: str | None = None
-    ) -> Storage:
-        """A new storage of so many bytes."""
-        sizes = self.sizes
-        storage_id = len(sizes)
-        sizes.append(num_bytes)
-        self.info.append((category or self.category, self.path, name, dtype, shape))
-        if self.stream:
-            self.streams[storage_id] = self.stream
-        self.events.append(storage_id)
-        return Storage(self.events, storage_id)
-
-    @contextmanager
-    def on_stream(self, stream: int) -> Iterator[None]:
-        """What is allocated inside belongs to this stream."""
-        outer, self.stream = self.stream, stream
-        try:
-            yield
-        finally:
-            self.stream = outer
-
-    def scratch(self, *num_bytes: int, name: str) -> None:
-        """Memory that an operation takes and gives back inside itself, all of it at the same time."""
-        held = [self.storage(size, name, category="workspace") for size in num_bytes if size]
-        while held:
-            held.pop()
-
-    def claim_workspace(self) -> None:
-        """
-        cuBLAS keeps one workspace per handle and stream; the thread that runs backward has a handle of its own. Both
-        are made at the thread's first product (backward's here as it begins).
-        """
-        thread = "backward" if self.in_backward else "forward"
-        if self.workspace_bytes and thread not in self.workspaces:
-            self.workspaces.add(thread)
-            name = f"cuBLAS workspace ({thread})"
-            self.persistent.append(self.storage(self.workspace_bytes, name, category="workspace"))
-
-    def claim_workspaces(self) -> None:
-        """Those of both threads, for a process that has used cuBLAS before."""
-        for self.in_backward in (True, False):
-            self.claim_workspace()
-
-    def recategorize(self, tensor: Tensor, category: str, name: str) -> None:
-        """A gradient that a parameter keeps was an activation's until now: name it for what it becomes."""
-        assert tensor.storage is not None
-        _, path, _, dtype, shape = self.info[tensor.storage.id]
-        self.info[tensor.storage.id] = (category, path, name, dtype, shape)
-
-    # -- autograd ------------------------------------------------------------------------------------------
-
-    def record(
-        self,
-        output: Tensor,
-        inputs: tuple[Tensor | None, ...],
-        saved: Sequence[Tensor | None] | Saved,
-        backward: Callable[..., Gradients],
-        extra: Any = None,
-    ) -> Node:
-        """
-        Make `output` the result of a node, where gradients are on; callers check `needs` first, where an input may need
-        none.
-
-        Autograd saves inputs before an operation runs and outputs after. Operations that save inputs call
-        `save_hook` themselves before they allocate, since a recomputation ends at the last tensor saved.
-        """
-        node = Node()
-        if not self.grad_enabled:
-            return node
-        node.sequence = self.sequence
-        self.sequence += 1
-        edges: list[tuple[Node | Parameter, int] | None] = []
-        metadata: list[tuple[Shape, str]] = []
-        for tensor in inputs:
-            if tensor is None or not tensor.needs_grad:
-                edges.append(None)
-                metadata.append(((), ""))
-            else:
-                edges.append((tensor.node, tensor.slot) if tensor.node is not None else (tensor, 0))  # type: ignore[arg-type]
-                metadata.append((tensor.shape, tensor.dtype))
-        node.edges = edges
-        node.metadata = metadata
-        node.backward = backward
-        node.extra = extra
-        node.layer = self.layer
-        node.path = self.path
-        node.category = self.category
-        node.leaves_first = False
-        node.saved = saved if isinstance(saved, Saved) else self.save_hook(list(saved))
-        output.node = node
-        output.needs_grad = True
-        return node
-
-    def save(self, *tensors: Tensor | None) -> Saved:
-        """Save inputs of an operation that is about to run."""
-        return self.save_hook(list(tensors))
-
-    def needs(self, *tensors: Tensor | None) -> bool:
-        """Whether an operation on these tensors is recorded."""
-        if not self.grad_enabled:
-            return False
-        return any(tensor is not None and tensor.needs_grad for tensor in tensors)
-
-    @contextmanager
-    def no_grad(self) -> Iterator[None]:
-        """As torch.no_grad()."""
-        outer, self.grad_enabled = self.grad_enabled, False
-        try:
-            yield
-        finally:
-            self.grad_enabled = outer
-
-    @contextmanager
-    def module(self, name: str) -> Iterator[None]:
-        """Events inside are those of a submodule."""
-        outer = self.path
-        self.path = f"{outer}.{name}" if outer else name
-        yield
-        self.path = outer
-
-    def backward(self, loss: Tensor) -> None:
-        """Run the graph that ends in `loss`, a scalar."""
-        outer_path, outer_category, outer_layer, outer_grad = (
-            self.path,
-            self.category,
-            self.layer,
-            self.grad_enabled,
-        )
-        self.grad_enabled, self.in_backward = False, True
-        root = loss.node
-        assert root is not None
-        self.arrived.clear()
-        self.enter(root.layer)
-        self.category = root.category
-        ones = self.new((), loss.dtype, "grad of loss")  # the caller of the engine holds it until all is done
-        if root.layer is None:
-            self.claim_workspace()
-        buffers: dict[Node | Parameter, dict[int, Tensor]] = {root: {0: ones}}
-        visited = root.layer
-        if self.units is not None:
-            self.units.visit_backward(visited)
-        visited = self._run_from(root, buffers)
-        if self.units is not None:
-            self.units.leave_backward(visited)
-            self.units.end_backward()
-        self.in_backward = False
-        self.path, self.category, self.grad_enabled = outer_path, outer_category, outer_grad
-        self.enter(outer_layer)
-        del ones
-
-    def _run_from(self, root: Node, buffers: dict[Node | Parameter, dict[int, Tensor]]) -> int | None:
-        """Run the graph that ends in `root`, whose gradients are in `buffers`; returns the block visited last."""
-        dependencies = _count_dependencies(root)
-        ready = [(-root.sequence, 0, root)]
-        complete: list[Parameter] = []
-        visited = root.layer
-        while ready:
-            node = heappop(ready)[2]
-            if self.units is not None and node.layer != visited:
-                self.units.leave_backward(visited)
-                visited = node.layer
-                self.enter(visited)
-                self.units.visit_backward(visited)
-            self.enter(node.layer)
-            self.path, self.category = node.path, node.category
-            outputs = self._run(node, buffers.pop(node))
-            for position in _order(node):
-                output, outputs[position] = outputs[position], None
-                edge = node.edges[position]
-                if edge is None:
-                    continue
-                target, slot = edge
-                if output is not None:
-                    held = buffers.setdefault(target, {})
-                    previous = held.pop(slot, None)
-                    if previous is not None:
-                        total = self._accumulate(previous, output)
-                        previous = None  # before the gradient that arrived
-                        output = total
-                        del total
-                    held[slot] = output
-                    output = None
-                dependencies[target] -= 1
-                if dependencies[target]:
-                    continue
-                if isinstance(target, Node):
-                    heappush(ready, (-target.sequence, 0, target))
-                elif node.leaves_first:
-                    self._complete(target, buffers)
-                else:
-                    complete.append(target)
-            node.edges = []
-            for parameter in complete:  # before all other nodes
-                self._complete(parameter, buffers)
-            complete.clear()
-        return visited
-
-    def _complete(self, parameter: Parameter, buffers: dict[Node | Parameter, dict[int, Tensor]]) -> None:
-        gradients = buffers.pop(parameter, None)
-        if gradients is not None:
-            gradient = gradients.pop(0)
-            self._accumulate_parameter(parameter, gradient)
-            if self.on_gradient is not None and parameter.name:
-                self.on_gradient(parameter)
-
-    def backward_from(self, output: Tensor, gradient: Tensor) -> None:
-        """A backward inside a backward, as reentrant checkpointing runs it; the caller keeps both arguments."""
-        assert output.node is not None
-        self._run_from(output.node, {output.node: {output.slot: gradient}})
-
-    def _run(self, node: Node, gradients: dict[int, Tensor]) -> Gradients:
-        saved = node.saved
-        assert saved is not None
-        tensors = saved.unpack()
-        outputs = node.backward(self, node, gradients, tensors)
-        if type(saved) is not Saved:
-            tensors.reverse()  # locals of the node's function, gone in the order opposite to that of what it saved
-            del tensors
-        for position, output in enumerate(outputs):
-            if output is None or node.edges[position] is None:
+def _run_from(g: Graph, root: Node, buffers: dict[Node | Parameter, dict[int, Tensor]]) -> int | None:
+    """Run the graph that ends in `root`, whose gradients are in `buffers`; returns the block visited last."""
+    dependencies = _count_dependencies(root)
+    ready = [(-root.sequence, 0, root)]
+    complete: list[Parameter] = []
+    visited = root.layer
+    while ready:
+        node = heappop(ready)[2]
+        if g.units is not None and node.layer != visited:
+            g.units.leave_backward(visited)
+            visited = node.layer
+            g.enter(visited)
+            g.units.visit_backward(visited)
+        g.enter(node.layer)
+        g.path, g.category = node.path, node.category
+        outputs = _run(g, node, buffers.pop(node))
+        for position in _order(node):
+            output, outputs[position] = outputs[position], None
+            edge = node.edges[position]
+            if edge is None:
                 continue
-            shape, dtype = node.metadata[position]
-            outputs[position] = None
-            if output.shape != shape:
-                output = self.new(shape, output.dtype, "sum of grad")
-            if output.dtype != dtype:
-                columns = output.columns
-                output = self.new(shape, dtype, "cast of grad", transposed=output.transposed)
-                output.columns = columns
-            outputs[position] = output
-            output = None
-        for slot in sorted(gradients):
-            del gradients[slot]
-        node.saved = None
-        return outputs
+            target, slot = edge
+            if output is not None:
+                held = buffers.setdefault(target, {})
+                previous = held.pop(slot, None)
+                if previous is not None:
+                    total = _accumulate(g, previous, output)
+                    previous = None  # before the gradient that arrived
+                    output = total
+                    del total
+                held[slot] = output
+                output = None
+            dependencies[target] -= 1
+            if dependencies[target]:
+                continue
+            if isinstance(target, Node):
+                heappush(ready, (-target.sequence, 0, target))
+            elif node.leaves_first:
+                _complete(g, target, buffers)
+            else:
+                complete.append(target)
+        node.edges = []
+        for parameter in complete:  # before all other nodes
+            _complete(g, parameter, buffers)
+        complete.clear()
+    return visited
 
-    def _accumulate(self, previous: Tensor, output: Tensor) -> Tensor:
-        """Two gradients of one tensor: added to the first in place where it has no other owner, never to the second."""
-        if not previous.view and _held_once(previous):
-            return previous
-        return self.new(previous.shape, previous.dtype, "sum of grads", transposed=previous.transposed)
 
-    def _accumulate_parameter(self, parameter: Parameter, gradient: Tensor) -> None:
-        """AccumulateGrad, when the gradients of all uses of the parameter have met."""
-        if parameter.name:
-            self.arrived.append(parameter)
-        if parameter.grad is not None:
-            return
-        if not parameter.name:  # a block's input, cut off its graph
-            parameter.grad = gradient
-            return
-        if not _held_once(gradient):
-            gradient = self.new(gradient.shape, gradient.dtype, "grad")
-        self.recategorize(gradient, "gradients", f"{parameter.name} grad")
+def _complete(g: Graph, parameter: Parameter, buffers: dict[Node | Parameter, dict[int, Tensor]]) -> None:
+    gradients = buffers.pop(parameter, None)
+    if gradients is not None:
+        gradient = gradients.pop(0)
+        _accumulate_parameter(g, parameter, gradient)
+        if g.on_gradient is not None and parameter.name:
+            g.on_gradient(parameter)
+
+
+def backward_from(g: Graph, output: Tensor, gradient: Tensor) -> None:
+    """A backward inside a backward, as reentrant checkpointing runs it; the caller keeps both arguments."""
+    assert output.node is not None
+    _run_from(g, output.node, {output.node: {output.slot: gradient}})
+
+
+def _run(g: Graph, node: Node, gradients: dict[int, Tensor]) -> Gradients:
+    saved = node.saved
+    assert saved is not None
+    tensors = saved.unpack()
+    outputs = node.backward(g, node, gradients, tensors)
+    if type(saved) is not Saved:
+        tensors.reverse()  # locals of the node's function, gone in the order opposite to that of what it saved
+        del tensors
+    for position, output in enumerate(outputs):
+        if output is None or node.edges[position] is None:
+            continue
+        shape, dtype = node.metadata[position]
+        outputs[position] = None
+        if output.shape != shape:
+            output = g.new(shape, output.dtype, "sum of grad")
+        if output.dtype != dtype:
+            columns = output.columns
+            output = g.new(shape, dtype, "cast of grad", transposed=output.transposed)
+            output.columns = columns
+        outputs[position] = output
+        output = None
+    for slot in sorted(gradients):
+        del gradients[slot]
+    node.saved = None
+    return outputs
+
+
+def _accumulate(g: Graph, previous: Tensor, output: Tensor) -> Tensor:
+    """Two gradients of one tensor: added to the first in place where it has no other owner, never to the second."""
+    if not previous.view and _held_once(previous):
+        return previous
+    return g.new(previous.shape, previous.dtype, "sum of grads", transposed=previous.transposed)
+
+
+def _accumulate_parameter(g: Graph, parameter: Parameter, gradient: Tensor) -> None:
+    """AccumulateGrad, when the gradients of all uses of the parameter have met."""
+    if parameter.name:
+        g.arrived.append(parameter)
+    if parameter.grad is not None:
+        return
+    if not parameter.name:  # a block's input, cut off its graph
         parameter.grad = gradient
+        return
+    if not _held_once(gradient):
+        gradient = g.new(gradient.shape, gradient.dtype, "grad")
+    g.recategorize(gradient, "gradients", f"{parameter.name} grad")
+    parameter.grad = gradient
 
 
 def _order(node: Node) -> Iterable[int]:

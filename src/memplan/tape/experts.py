@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from memplan.tape import scratch
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.ops import alias, cast
 from memplan.tape.products import product_backward
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Shape, Tensor

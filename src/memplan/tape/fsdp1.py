@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import prod
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.sharding import GATHER_STREAM, REDUCE_STREAM, Contents, Layout
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
 

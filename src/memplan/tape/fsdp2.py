@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from math import prod
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.sharding import (
     ALL_REDUCE_STREAM,
     GATHER_STREAM,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.linear import Adapter, Linear, dequantized
 from memplan.tape.ops import alias, cast
 from memplan.tape.parts import Block

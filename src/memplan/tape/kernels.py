@@ -9,7 +9,7 @@ linkedin/Liger-Kernel, src/liger_kernel/ops/fused_linear_cross_entropy.py)
 
 from __future__ import annotations
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.linear import Linear, autocast_to
 from memplan.tape.loss import shifted_labels
 from memplan.tape.modules import hooked

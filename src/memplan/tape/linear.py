@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from memplan.tape import zero3_linear
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.modules import called, hooked, left
 from memplan.tape.ops import add, cast, dropout, scale
 from memplan.tape.tensors import Gradients, Node, Parameter, Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.linear import Linear, linear
 from memplan.tape.ops import alias, autocast_to_float32, cast, scale
 from memplan.tape.tensors import Gradients, Node, Tensor

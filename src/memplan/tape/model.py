@@ -17,8 +17,8 @@ from memplan.npt.layers import check_target, modulator_shapes
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.checkpoint_size import checkpoint_bytes
 from memplan.tape.ddp import Buckets
-from memplan.tape.engine import Graph
 from memplan.tape.experts import Stack, StackAdapter
+from memplan.tape.graph import Graph
 from memplan.tape.linear import Adapter, Linear, cpu_packing_scratch, packed_sizes
 from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
 from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape

@@ -7,19 +7,16 @@ Only ZeRO's stage 3 has such hooks (zero3_gather.py); without them a module is i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from memplan.tape.graph import Graph
 from memplan.tape.tensors import Parameter, Tensor
-
-if TYPE_CHECKING:
-    from memplan.tape.engine import Graph
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Key = tuple[object, ...]
 
 
 @dataclass(eq=False)
@@ -31,28 +28,6 @@ class Module:
     """Frozen parameters of others that a recomputation has fetched in this module's backward."""
     num_inputs: int = 0
     """Inputs of the last forward pass that require gradients and have none yet."""
-
-
-class Hooks(Protocol):
-    """What runs before and after every module."""
-
-    def run(
-        self,
-        key: Key,
-        parameters: Sequence[Parameter],
-        inputs: Sequence[Tensor | None],
-        forward: Callable[..., Tensor],
-    ) -> Tensor:
-        """`forward(*inputs)` between the hooks of the module that is called `key`."""
-
-    def enter(self, key: Key, x: Tensor | None = None) -> Tensor | None:
-        """The hooks before a module without parameters; what they return takes the place of its input."""
-
-    def touch(self, key: Key, parameter: Parameter) -> None:
-        """The module that is called `key` reads another one's parameter."""
-
-    def leave(self, key: Key, out: Tensor) -> Tensor:
-        """The hooks after a module; what they return takes the place of its output."""
 
 
 def hooked(

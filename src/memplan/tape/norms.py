@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.modules import hooked
 from memplan.tape.ops import add_scalar, autocast_to_float32, cast, mean_last, mul, power, rsqrt
 from memplan.tape.scratch import embedding_backward

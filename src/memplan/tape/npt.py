@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from memplan.job.spec import Job, Npt
-from memplan.tape.engine import Graph
+from memplan.tape.engine import backward
+from memplan.tape.graph import Graph
 from memplan.tape.linear import Linear, linear
 from memplan.tape.loss import evaluation_loss
 from memplan.tape.norms import layer_norm, rms_norm
@@ -246,7 +247,7 @@ def _local_block(
         scaled_loss = scale(g, loss)
     metrics[block.layer] = [norm, target_square, equivalence]
     if trains:
-        g.backward(scaled_loss)
+        backward(g, scaled_loss)
     g.grad_enabled = outer
     return out
 

@@ -6,7 +6,7 @@ memplan.npt.modulator line by line.
 from __future__ import annotations
 
 from memplan.job.spec import Npt
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.linear import Linear, autocast_to, linear
 from memplan.tape.ops import add, alias, cast, mul, promote, reshape, scale, unary_saving_output
 from memplan.tape.parts import NptModulator

@@ -7,7 +7,7 @@ no gradient records nothing. `needs` below is by input position; the outputs of 
 
 from __future__ import annotations
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.tensors import Gradients, Node, Shape, Tensor
 
 _RANK = {"bool": 0, "uint8": 1, "int64": 2, "float16": 3, "bfloat16": 3, "float32": 4, "float64": 5}

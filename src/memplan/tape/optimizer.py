@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from math import prod
 
 from memplan.job.spec import Job
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.loss import Locals
 from memplan.tape.scratch import adafactor, foreach_norm
 from memplan.tape.sharding import layout

@@ -9,8 +9,8 @@ from memplan.model.architecture import Architecture
 from memplan.model.families import layout as layout_of
 from memplan.model.families.layout import Module
 from memplan.tape.ddp import Buckets
-from memplan.tape.engine import Graph
 from memplan.tape.experts import Stack
+from memplan.tape.graph import Graph
 from memplan.tape.linear import Linear
 from memplan.tape.tensors import Parameter, Tensor
 from memplan.tape.token_rows import TokenRows, merged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.ops import alias, cast, reshape
 from memplan.tape.scratch import softmax_backward
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Tensor

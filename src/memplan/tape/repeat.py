@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.tape import Mark, Storage, Tape
 
 _EXTERNAL = -(1 << 40)

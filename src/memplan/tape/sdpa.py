@@ -6,7 +6,7 @@ The kernels behind torch's scaled_dot_product_attention: what each returns, keep
 
 from __future__ import annotations
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.ops import alias, cast, dropout, scale
 from memplan.tape.products import batched_matmul, repeat_heads, softmax
 from memplan.tape.scratch import cudnn_backward, efficient_backward, flash_backward, round_up

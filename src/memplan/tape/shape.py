@@ -15,9 +15,11 @@ from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 from memplan.tape.behaviour import Behaviour as Behaviour
 from memplan.tape.encoders import refuse_for_encoder
-from memplan.tape.engine import Graph
+from memplan.tape.engine import backward
 from memplan.tape.fsdp1 import Fsdp1Units
 from memplan.tape.fsdp2 import Fsdp2Units
+from memplan.tape.graph import Graph
+from memplan.tape.hooks import Units
 from memplan.tape.kernels import liger_loss, triton_cross_entropy
 from memplan.tape.loss import chunked_loss, cross_entropy, full_loss
 from memplan.tape.model import Builder
@@ -27,7 +29,7 @@ from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.parts import Model
 from memplan.tape.programs import FAMILIES, Settings, decoder
 from memplan.tape.programs import logits as logits_of
-from memplan.tape.sharding import Units, whole_root
+from memplan.tape.sharding import whole_root
 from memplan.tape.targets import check_targets
 from memplan.tape.tensors import Tensor
 from memplan.tape.zero import ZeroOptimizer
@@ -226,7 +228,7 @@ class Loop:
                 self.g.begin(f"backward {number}.{micro}")
                 if self.behaviour.fsdp1 and self.job.method != "full":
                     self.settings.kept = []
-                self.g.backward(loss)
+                backward(self.g, loss)
                 self.release_kept(f"{number}.{micro}")
                 del loss
             if is_own:

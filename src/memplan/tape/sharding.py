@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from memplan.job.spec import Job
-from memplan.tape.engine import Graph
-from memplan.tape.tensors import ITEMSIZE, Parameter, Tensor
+from memplan.tape.graph import Graph
+from memplan.tape.tensors import ITEMSIZE, Parameter
 from memplan.tape.zero_groups import zero_stage
 
 GATHER_STREAM = 1
@@ -121,28 +121,6 @@ class Contents:
     def with_gradients(self, layer: int | None) -> list[Parameter]:
         """The unit's parameters that have a gradient now."""
         return [parameter for parameter in self.trainable.get(layer, ()) if parameter.grad is not None]
-
-
-class Units(Protocol):
-    """The hooks of a sharded model, in the order in which a step calls them."""
-
-    is_last: bool
-    """Whether this micro batch is the last of its step."""
-
-    def before_forward(self, layer: int | None, x: Tensor | None) -> None:
-        """A unit is about to run on `x`: its parameters are there when this returns."""
-
-    def after_forward(self, layer: int | None) -> None:
-        """A unit has run."""
-
-    def visit_backward(self, layer: int | None) -> None:
-        """Backward reaches a unit."""
-
-    def leave_backward(self, layer: int | None) -> None:
-        """Backward has gone on to another one."""
-
-    def end_backward(self) -> None:
-        """Backward is over."""
 
 
 @contextmanager

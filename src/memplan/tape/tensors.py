@@ -1,5 +1,5 @@
 """
-What the shape-only PyTorch of `engine.py` is made of: storages, tensors that are views of them, and autograd nodes.
+What the shape-only PyTorch of `graph.py` is made of: storages, tensors that are views of them, and autograd nodes.
 
 A storage writes its free when Python drops its last reference, as it does when PyTorch's reference count drops.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.ops import cast
 from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.ops import alias
 from memplan.tape.scratch import index_put_accumulate
 from memplan.tape.tensors import Gradients, Node, Shape, Tensor

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.sharding import Part
 from memplan.tape.tensors import Parameter, Storage
 from memplan.units import MiB

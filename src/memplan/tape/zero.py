@@ -15,7 +15,7 @@ from math import prod
 
 from memplan.job.spec import Job
 from memplan.tape import scratch
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.optimizer import OptimizerProgram, parameter_groups
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
 from memplan.tape.zero_groups import FlatGroup, reduce_bucket_elements, zero_stage

@@ -11,7 +11,7 @@ from math import prod
 
 from memplan.job.spec import Job
 from memplan.tape import scratch
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.optimizer import OptimizerProgram, parameter_groups
 from memplan.tape.sharding import REDUCE_STREAM
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor

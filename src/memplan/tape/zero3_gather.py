@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from memplan.tape.engine import Graph
-from memplan.tape.modules import Key, Module
+from memplan.tape.graph import Graph
+from memplan.tape.hooks import Key
+from memplan.tape.modules import Module
 from memplan.tape.scratch import zero3_fetched
 from memplan.tape.sharding import GATHER_STREAM
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Storage, Tensor

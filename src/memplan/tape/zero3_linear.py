@@ -5,7 +5,7 @@ graph keeps the parameter and no view of its memory, which can so be freed after
 
 from __future__ import annotations
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.tensors import Gradients, Node, Tensor
 
 

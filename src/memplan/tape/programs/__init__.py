@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.linear import linear
 from memplan.tape.parts import Model
 from memplan.tape.programs.blocks import Settings as Settings

@@ -7,7 +7,8 @@ from functools import partial
 from typing import NamedTuple
 
 from memplan.tape.behaviour import Behaviour
-from memplan.tape.engine import Graph
+from memplan.tape.engine import backward_from
+from memplan.tape.graph import Graph
 from memplan.tape.modules import entered, left
 from memplan.tape.ops import cast
 from memplan.tape.parts import Block, Model
@@ -192,7 +193,7 @@ def _reentrant_backward(
     output = run(block, leaf)
     g.leave_autocast()
     g.grad_enabled = False
-    g.backward_from(output, gradients[0])
+    backward_from(g, output, gradients[0])
     g.path, g.category = outer
     if settings.kept is not None:
         settings.kept.append((leaf, leaf.grad))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from memplan.tape.attention import package_dtype, rotary
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.linear import linear
 from memplan.tape.modules import called
 from memplan.tape.ops import add, cast, dropout, merge_heads, reshape

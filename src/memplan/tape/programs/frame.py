@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.modules import entered, left
 from memplan.tape.norms import embedding
 from memplan.tape.ops import dropout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.tape.attention import rotary
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.linear import linear
 from memplan.tape.modules import called
 from memplan.tape.norms import embedding, scaled_rms_norm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.linear import linear
 from memplan.tape.ops import split_heads
 from memplan.tape.parts import Block, Model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.tape.attention import attention
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.kernels import triton_rms_norm
 from memplan.tape.linear import linear
 from memplan.tape.modules import called

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 from memplan.tape.attention import rotary
-from memplan.tape.engine import Graph
 from memplan.tape.fused_lora import OUTPUT, QKV, fused_output, fused_qkv, fuses
+from memplan.tape.graph import Graph
 from memplan.tape.kernels import triton_rotary
 from memplan.tape.linear import linear
 from memplan.tape.modules import called

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.tape.engine import Graph
+from memplan.tape.graph import Graph
 from memplan.tape.ops import alias
 from memplan.tape.programs.blocks import Settings
 from memplan.tape.tensors import Tensor

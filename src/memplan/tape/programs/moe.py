@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from memplan.tape.engine import Graph
 from memplan.tape.experts import (
     Folded,
     Stack,
@@ -14,6 +13,7 @@ from memplan.tape.experts import (
     sum_of_choices,
     top_k,
 )
+from memplan.tape.graph import Graph
 from memplan.tape.linear import linear_module
 from memplan.tape.modules import called
 from memplan.tape.ops import cast, mul, reshape
