@@ -133,6 +133,24 @@ def test_weights_that_the_allocator_never_saw_are_added() -> None:
     assert peaks(model_bytes=20) == [30, 35]
 
 
+def test_a_mapped_file_is_no_allocation(tmp_path: Path) -> None:
+    """What safetensors maps is the page cache's; only the copy of a tensor counts."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    save_file(
+        {"a": torch.zeros(1000, dtype=torch.uint8), "b": torch.zeros(1 << 20)}, tmp_path / "w.safetensors"
+    )
+    meter = CpuMeter(steps=1)
+    meter.begin("load", 0)
+    with safe_open(tmp_path / "w.safetensors", framework="pt") as tensors:
+        copy = tensors.get_tensor("a").clone()
+    meter.end_step(1)
+
+    assert meter.peaks()[0].allocated_peak_bytes == copy.nbytes
+    assert "from_file" not in vars(torch.UntypedStorage)
+
+
 def test_a_step_counted_by_hand() -> None:
     """y = (x w).square().sum() of 64 x 64 floats: every tensor of forward, backward and SGD, to the byte."""
     matrix, scalar = 64 * 64 * 4, 4

@@ -100,6 +100,18 @@ def test_resuming_on_as_many_processes_is_exact(trained: Path) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("name", ["resumed", "changed"])
+def test_reading_a_checkpoint_is_planned(trained: Path, name: str) -> None:
+    """Loading of a run that goes on, with its strategy or another, on every rank: weights, states, one tensor more."""
+    record = Record.read(trained / "runs" / name)
+    assert record is not None
+    assert record.fields["resumed_from"] is not None
+    (planned,) = (line for line in record.fields["plan"]["phases"] if line["phase"] == "load")
+    peaks = [line for line in record.fields["measured"]["phases"] if line["phase"] == "load"]
+    for peak in peaks:
+        assert peak["allocated_peak_bytes"] == pytest.approx(planned["allocated_peak_bytes"], rel=0.01)
+
+
 def test_resuming_with_another_strategy_learns_the_same(trained: Path) -> None:
     """Shards of FULL_SHARD are whole tensors of DDP."""
     assert losses(trained / "runs" / "changed") == pytest.approx(losses(trained / "runs" / "whole"), rel=1e-5)

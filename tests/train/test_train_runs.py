@@ -33,6 +33,16 @@ def _record(folder: Path) -> dict[str, Any]:
     return record.fields
 
 
+def _load_ratio(folder: Path) -> float:
+    """Measured over planned peak of loading."""
+    record = _record(folder)
+    measured, planned = (
+        next(line["allocated_peak_bytes"] for line in record[name]["phases"] if line["phase"] == "load")
+        for name in ("measured", "plan")
+    )
+    return float(measured / planned)
+
+
 def _final_weights(folder: Path) -> dict[str, bytes]:
     from safetensors.torch import load_file
 
@@ -96,6 +106,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert run_job(resumed, hook=stop_in_step_4) == 70
     assert list(losses(resumed)) == [1, 2, 3]
     assert run_job(resumed, resume=True) == 0
+    assert _load_ratio(resumed) == pytest.approx(1, rel=0.01)
 
     assert losses(whole) == losses(resumed)
     assert _final_weights(whole) == _final_weights(resumed) != {}
@@ -182,6 +193,7 @@ def test_pretrained_weights_of_a_local_folder(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(first / "final")
 
     assert run_job(second) == 0
+    assert _load_ratio(second) == pytest.approx(1, rel=0.01)
     assert losses(second)[1] < 0.8 * losses(first)[1]
     assert (second / "final" / "tokenizer.json").exists()
 

@@ -32,24 +32,35 @@ TOP_TENSORS = 20
 
 
 def estimate(
-    job: Job, architecture: Architecture, *, device: str = "cuda", behaviour: Behaviour | None = None
+    job: Job,
+    architecture: Architecture,
+    *,
+    device: str = "cuda",
+    behaviour: Behaviour | None = None,
+    read_bytes: int | None = None,
 ) -> Result:
     """
-    Where every byte of the job goes, on the fullest rank.
+    Where every byte of the job goes, on the fullest rank. `read_bytes`: of the largest tensor of the checkpoint that
+    the job goes on from, if it does.
 
     `device="cpu"` plans a run on the CPU: other kernels, no caching allocator, nothing outside torch; need,
     allocated and reserved are then one number. Raises UnknownModel, JobError.
     """
-    return estimate_written(job, architecture, device=device, behaviour=behaviour)[1]
+    return estimate_written(job, architecture, device=device, behaviour=behaviour, read_bytes=read_bytes)[1]
 
 
 def estimate_written(
-    job: Job, architecture: Architecture, *, device: str = "cuda", behaviour: Behaviour | None = None
+    job: Job,
+    architecture: Architecture,
+    *,
+    device: str = "cuda",
+    behaviour: Behaviour | None = None,
+    read_bytes: int | None = None,
 ) -> tuple[WrittenTape, Result]:
     """`estimate`, and the tape that the result was read off."""
     notes = architecture_notes(job, architecture)
     architecture = with_special_tokens(job, architecture)
-    written = write_tape(job, architecture, device=device, behaviour=behaviour)
+    written = write_tape(job, architecture, device=device, behaviour=behaviour, read_bytes=read_bytes)
     result = summarise(
         written,
         job,

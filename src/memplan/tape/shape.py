@@ -63,12 +63,14 @@ def record(
     *,
     num_steps: int,
     first_step: int = 1,
+    read_bytes: int | None = None,
     device: str = "cuda",
     behaviour: Behaviour | None = None,
 ) -> Recording:
     """
     Run the job's program over these blocks of the model: loading, and the steps `first_step` to `num_steps`. A later
-    first step finds the optimizer's states in place.
+    first step finds the optimizer's states in place, as one does that continues from a checkpoint (`read_bytes`: of its
+    largest tensor).
     """
     if architecture.family not in FAMILIES:
         raise UnknownModel(
@@ -100,12 +102,15 @@ def record(
     recording.num_trainable = len(model.trainable)
     optimizer = _optimizer(g, job, model, builder)
     loop = Loop(g, job, model, behaviour, recording)
-    if first_step > 1:
+    if first_step > 1 or read_bytes is not None:
         optimizer.create_states()
-        if job.method == "npt":
-            from memplan.tape.npt import measured_before
+    if read_bytes is not None and device == "cpu":  # on CUDA a tensor passes through the host's memory
+        g.begin("checkpoint")
+        g.scratch(read_bytes, name="a tensor of the checkpoint")
+    if first_step > 1 and job.method == "npt":
+        from memplan.tape.npt import measured_before
 
-            measured_before(g, model.blocks, loop.settings)
+        measured_before(g, model.blocks, loop.settings)
     for step in range(first_step, num_steps + 1):
         loop.step(step, optimizer)
     if evaluates(job):

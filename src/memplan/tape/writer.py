@@ -23,9 +23,11 @@ def write_tape(
     behaviour: Behaviour | None = None,
     num_steps: int = NUM_STEPS,
     first_step: int = 1,
+    read_bytes: int | None = None,
 ) -> Expansion:
     """
-    The tape of loading and of the optimizer steps `first_step` to `num_steps` on the fullest rank.
+    The tape of loading and of the optimizer steps `first_step` to `num_steps` on the fullest rank. With `read_bytes`,
+    loading reads a checkpoint whose largest tensor has so many bytes: weights, and the optimizer's states with them.
 
     `device` is `cuda` or `cpu`: kernels differ in what they allocate. Raises UnknownModel where there is no program,
     JobError where the job asks for what no loop does.
@@ -35,7 +37,7 @@ def write_tape(
         behaviour = behaviour or replace(Behaviour.for_job(job), float_output=False)
         first_step = 1 if zero_stage(job) == 3 else first_step  # which records what later ones fetch ahead
         job, selection = as_deepspeed_runs_it(job), _every_block(architecture)
-        return _expand(job, architecture, selection, device, behaviour, num_steps, first_step)
+        return _expand(job, architecture, selection, device, behaviour, num_steps, first_step, read_bytes)
     converted, checkpointed = (
         npt_layers(job, architecture),
         checkpointed_layers(job, architecture.num_hidden_layers),
@@ -44,11 +46,10 @@ def write_tape(
     kinds = [(layer in converted, layer in checkpointed, kind) for layer, kind in enumerate(attention)]
     selection = choose_layers(kinds)
     try:
-        return _expand(job, architecture, selection, device, behaviour, num_steps, first_step)
+        return _expand(job, architecture, selection, device, behaviour, num_steps, first_step, read_bytes)
     except NotRepeatable:
-        return _expand(
-            job, architecture, _every_block(architecture), device, behaviour, num_steps, first_step
-        )
+        selection = _every_block(architecture)
+        return _expand(job, architecture, selection, device, behaviour, num_steps, first_step, read_bytes)
 
 
 def _every_block(architecture: Architecture) -> Selection:
@@ -63,6 +64,7 @@ def _expand(
     behaviour: Behaviour | None,
     num_steps: int,
     first_step: int,
+    read_bytes: int | None,
 ) -> Expansion:
     recording = record(
         job,
@@ -70,6 +72,7 @@ def _expand(
         list(selection.layers),
         num_steps=num_steps,
         first_step=first_step,
+        read_bytes=read_bytes,
         device=device,
         behaviour=behaviour,
     )

@@ -13,7 +13,7 @@ import os
 import sys
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from memplan.train.record import PhasePeak
 PROFILED_STEPS = 3
 _MARK = "memplan/"
 _MEMORY = "[memory]"
+_MAPPED = f"{_MARK}mapped"
 _ADOPTED, _BETWEEN = "adopted", "between"
 """Marks that are no phases: the model is loaded; a step is over, and what saving takes is no part of it."""
 
@@ -129,6 +130,7 @@ class CpuMeter:
         )
         self._stack = ExitStack()
         self._stack.enter_context(settled_collectives())
+        self._stack.enter_context(_marked_mappings())
         self._stack.enter_context(self._profiler)
 
     def begin(self, phase: str, step: int) -> None:
@@ -182,13 +184,36 @@ def _read_tree(roots: Iterable[Any]) -> Iterator[Event]:
     stack = list(roots)[::-1]
     while stack:
         event = stack.pop()
-        stack += event.children[::-1]
         name = event.name
+        if (
+            name == _MAPPED
+        ):  # what is in it is no allocation; its free, later, is that of a block nobody knows
+            continue
+        stack += event.children[::-1]
         if name == _MEMORY:
             fields = event.extra_fields
             yield Event(event.start_time_ns, name, fields.ptr, fields.alloc_size)
         elif name.startswith(_MARK):
             yield Event(event.start_time_ns, name)
+
+
+@contextmanager
+def _marked_mappings() -> Iterator[None]:
+    """
+    Files that safetensors maps inside are marked: torch reports them as if their bytes were allocated, and they are the
+    page cache's.
+    """
+    original = torch.UntypedStorage.from_file
+
+    def from_file(*arguments: Any, **named: Any) -> Any:
+        with torch.profiler.record_function(_MAPPED):
+            return original(*arguments, **named)
+
+    torch.UntypedStorage.from_file = staticmethod(from_file)
+    try:
+        yield
+    finally:
+        del torch.UntypedStorage.from_file
 
 
 class LiveBlocks:

@@ -47,7 +47,7 @@ from memplan.train.samples import Samples, build_samples
 from memplan.train.sources import read_source
 from memplan.train.tokens import Tokenizer, job_tokenizer, weights_source
 from memplan.train.trackers import open_tracker
-from memplan.train.training_state import base_fingerprint, load_state, save_state
+from memplan.train.training_state import base_fingerprint, largest_read_bytes, load_state, save_state
 
 
 class Interrupted(BaseException):
@@ -125,7 +125,10 @@ class Run:
         vocab_size = self.architecture.vocab_size if self.architecture else config.get("vocab_size")
         tokenizer = job_tokenizer(self.job, vocab_size)
         config = self._make_room(config, tokenizer)
-        self._make_plan()
+        if not self.dry_run and self.group.is_first:
+            remove_unfinished(self.checkpoints)
+        checkpoint = self._find_checkpoint() if self.resume else None
+        self._make_plan(checkpoint)
         self.record.update(versions=installed_versions(), device=describe_device(self.device))
         self._decode = tokenizer.decode
         samples = self._read_samples(tokenizer, self.job.data.train, split="train")
@@ -136,9 +139,6 @@ class Run:
             evaluation = job_batches(
                 self.job, self._read_samples(tokenizer, self.job.data.eval, split="validation")
             )
-        if not self.dry_run and self.group.is_first:
-            remove_unfinished(self.checkpoints)
-        checkpoint = self._find_checkpoint() if self.resume else None
         start = checkpoint.state.step if checkpoint else 0
         loop = self._load(config, tokenizer, samples, checkpoint)
         if self.dry_run:
@@ -195,12 +195,17 @@ class Run:
         )
         self.record.finish(outcome, error)
 
-    def _make_plan(self) -> None:
+    def _make_plan(self, checkpoint: Checkpoint | None) -> None:
         from memplan.budget.estimate import estimate
 
         if self.architecture is None:
             return
-        self.plan = estimate(self.job.replace(loop="memplan"), self.architecture, device=self.device.type)
+        self.plan = estimate(
+            self.job.replace(loop="memplan"),
+            self.architecture,
+            device=self.device.type,
+            read_bytes=largest_read_bytes(checkpoint.path) if checkpoint else None,
+        )
         self.record.update(plan=self.plan.to_json())
         for line in report.plan_lines(self.plan, self.device.type, num_ranks=self.group.world_size):
             say(line)
@@ -308,7 +313,7 @@ class Run:
                     f"`{checkpoint.path}` cannot be continued: {cause}",
                     hint="bring it back, or start anew with `--set train.output_dir=...`",
                 )
-        load_state(checkpoint.path, self._stepped, optimizer, self.group)
+        load_state(checkpoint.path, self._stepped, optimizer)
         self.saved_step = checkpoint.state.step
         self.record.update(resumed_from=checkpoint.state.step)
         say(f"continuing after step {checkpoint.state.step}")

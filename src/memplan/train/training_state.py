@@ -11,6 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from memplan.errors import RunError
 from memplan.train.group import Group
@@ -53,11 +56,10 @@ def save_state(
         )
 
 
-def load_state(
-    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, group: Group
-) -> None:
+def load_state(folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """
-    Read weights and optimizer states back from `folder`/state, in place. Every rank calls it.
+    Read weights and optimizer states back from `folder`/state, in place, one tensor after the other. Every rank reads
+    what it needs by itself.
 
     Raises:
         RunError: the state is that of other weights.
@@ -75,8 +77,30 @@ def load_state(
         parameter = trainable[_parameter_of(name)]
         state[name] = parameter.detach() if name in weights else _like(kind, parameter)
     with _plain_errors():
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder / FOLDER), no_dist=group.world_size == 1)
+        dcp.load(state, storage_reader=_OneByOne(folder / FOLDER), no_dist=True)
     _restore_optimizer(state, trainable, optimizer)
+
+
+def largest_read_bytes(folder: Path) -> int:
+    """Bytes of the largest tensor that reading `folder`/state brings into host memory: whole, or a rank's shard."""
+    saved = dcp.FileSystemReader(folder / FOLDER).read_metadata().state_dict_metadata.values()
+    return max(
+        chunk.sizes.numel() * kind.properties.dtype.itemsize
+        for kind in saved
+        if isinstance(kind, TensorStorageMetadata)
+        for chunk in kind.chunks
+    )
+
+
+class _OneByOne(dcp.FileSystemReader):
+    """torch's reader keeps each tensor until it has read the next one."""
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        done: Future[None] = Future()
+        for item in plan.items:
+            super().read_data(replace(plan, items=[item]), planner).wait()
+        done.set_result(None)
+        return done
 
 
 def _parameter_of(name: str) -> str:
@@ -87,13 +111,13 @@ def _parameter_of(name: str) -> str:
 
 def _like(kind: Any, parameter: nn.Parameter) -> Any:
     """
-    Something to read a saved value into: a tensor of a parameter's shape is cut as the parameter is, any other is whole
-    on every rank.
+    Something to read a saved value into: a tensor of a parameter's shape lies where the parameter does and is cut as it
+    is, any other is whole on every rank.
     """
     if not isinstance(kind, TensorStorageMetadata):
         return None
     dtype = kind.properties.dtype
-    if isinstance(parameter, DTensor) and kind.size == parameter.shape:
+    if kind.size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype)
     return torch.empty(kind.size, dtype=dtype)
 
