@@ -175,6 +175,61 @@ def test_words_that_mean_nothing_are_refused_at_once() -> None:
         MemplanCallback(on_misfit="stop")
     with pytest.raises(JobError, match="`engine` is `magic`"):
         MemplanCallback(engine="magic")
+    for length in (0, -1, True, "64", 2.0):
+        with pytest.raises(JobError, match="`max_seq_len` is"):
+            MemplanCallback(max_seq_len=length)  # type: ignore[arg-type]
+    with pytest.raises(JobError, match="`gpu` is `24`"):
+        MemplanCallback(gpu=24)  # type: ignore[arg-type]
+    with pytest.raises(JobError, match="`say` is of str, which cannot be called"):
+        MemplanCallback(say="loud")  # type: ignore[arg-type]
+
+
+def test_a_listener_that_fails_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hang_up(line: str) -> None:
+        raise ValueError("no longer\nlistening")
+
+    callback = MemplanCallback(say=hang_up)
+    run = trainer(tmp_path, callbacks=[callback])
+    run.train()
+    assert run.state.global_step == 2 and callback.plan is not None and callback.measured is not None
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("memplan")]
+    assert said == ["memplan: `say` failed, and nothing more is said: ValueError: no longer"]
+
+
+def test_a_plan_of_a_card_is_not_compared_with_a_run_on_the_cpu(tmp_path: Path) -> None:
+    said: list[str] = []
+    trainer(tmp_path, callbacks=[MemplanCallback(gpu="24GB", say=said.append)]).train()
+    assert said[2:] == ["memplan: the plan is of a GPU and the run was on cpu: not compared"]
+
+
+class Taught(Trainer):
+    """A Trainer with a second model, which is asked and not trained."""
+
+    teacher: Any
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        with torch.no_grad():
+            target = self.teacher(inputs["input_ids"]).logits.softmax(-1)
+        loss = -(outputs.logits.log_softmax(-1) * target).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_second_model_is_planned_and_measured(tmp_path: Path) -> None:
+    said: list[str] = []
+    callback = MemplanCallback(say=said.append)
+    run = trainer(tmp_path, kind=Taught, callbacks=[callback])
+    run.teacher = model().eval()
+    run.train()
+    assert callback.plan is not None and callback.measured is not None, said
+    planned = {
+        line.phase: line.allocated_peak_bytes for line in callback.plan.result.phases if line.step == 2
+    }
+    measured = {peak.phase: peak.allocated_peak_bytes for peak in callback.measured.phases if peak.step == 2}
+    for phase in ("forward", "backward", "optimizer_step"):
+        assert planned[phase] == pytest.approx(measured[phase], rel=0.005), phase
 
 
 def test_trl_trains_with_it(tmp_path: Path) -> None:

@@ -131,6 +131,13 @@ def test_what_arguments_alone_cannot_say_is_refused(tmp_path: Path) -> None:
         preflight(arguments(tmp_path, neftune_noise_alpha=5.0), config(), max_seq_len=8)
     with pytest.raises(JobError, match="`engine`"):
         preflight(arguments(tmp_path), config(), max_seq_len=8, engine="magic")
+    with pytest.raises(JobError, match="a job has no words for: `neftune_noise_alpha`"):
+        preflight(trainer(tmp_path, neftune_noise_alpha=5.0), engine="shape")
+    for nothing in (None, "meta-llama/Llama-3.2-1B", object()):
+        with pytest.raises(JobError, match="`model` has to be a transformers model or its config, not"):
+            preflight(arguments(tmp_path), nothing, max_seq_len=8)
+    with pytest.raises(JobError, match="an object of Linear, which is neither a Trainer nor"):
+        preflight(torch.nn.Linear(2, 2), config(), max_seq_len=8)
 
 
 def test_several_processes_are_planned_as_ddp_and_not_traced(
@@ -181,6 +188,28 @@ def test_the_longest_rows_make_the_batch(tmp_path: Path) -> None:
     assert largest_batch(nameless).notes == (
         "rows have no `input_ids`: the first ones are taken for the longest",
     )
+
+
+@pytest.mark.parametrize(
+    "names", [("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_input_ids", "chosen_input_ids", "other")]
+)
+def test_the_longest_pair_of_answers_makes_the_batch(names: tuple[str, ...], tmp_path: Path) -> None:
+    """As in TRL's DPOTrainer, whose collator makes two sequences of a row."""
+    lengths = [(3, 4, 5), (3, 20, 2), (9, 9, 1), (2, 3, 16)]
+    data = [{name: [1] * length for name, length in zip(names, row)} for row in lengths]
+
+    def both(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row[names[0]]) + len(row[names[1]]) for row in batch)
+        ids = torch.zeros(2 * len(batch), longest, dtype=torch.int64)
+        return {"input_ids": ids, "completion_mask": ids.clone()}
+
+    run = trainer(tmp_path, data=data, remove_unused_columns=False)
+    run.data_collator = both
+    batch = largest_batch(run)
+    assert batch.shape == (4, 23) and batch.notes == ()
+    longer = largest_batch(run, max_seq_len=50)
+    assert longer.shape == (4, 50) and longer.tensors.keys() == {"input_ids", "completion_mask"}
+    assert bool(longer.tensors["completion_mask"].all()) and not longer.is_padded
 
 
 def test_of_large_data_some_rows_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,10 @@ MOST_ROWS = 20_000
 """Rows whose lengths are looked at; of more, these many are drawn."""
 MOST_MADE_ROWS = 1_000
 """The same, where looking at a row may mean to read a file or to tokenize."""
+USUAL = {"input_ids", "attention_mask", "labels"}
+"""What a batch of a causal language model has."""
+ANSWERS = ("chosen", "rejected", "completion")
+"""What TRL's trainers call token lists that follow a prompt's: `chosen_ids`, and `chosen_input_ids` before TRL 1."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,14 @@ class Batch:
 def largest_batch(trainer: Any, max_seq_len: int | None = None) -> Batch:
     """
     A micro batch of the longest rows, made by the Trainer's collator; with `max_seq_len` one of that length, of
-    `input_ids`, `attention_mask` and `labels`.
+    `input_ids`, `attention_mask` and `labels`, or of what the collator makes where that is more, such as DPO's pairs.
 
     Raises:
         DataError: the rows cannot be looked at without using them up, as those of a stream.
     """
     size = trainer._train_batch_size or trainer.args.train_batch_size
     if max_seq_len is not None:
-        return full_batch(size, max_seq_len)
+        return _pairs(trainer, size, max_seq_len) or full_batch(size, max_seq_len)
     dataset, collate = _rows_and_collator(trainer)
     if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(
@@ -85,6 +89,24 @@ def full_batch(size: int, length: int) -> Batch:
     return Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()})
 
 
+def _pairs(trainer: Any, size: int, length: int) -> Batch | None:
+    """A full batch of the tensors that a collator makes beside the usual ones, all as wide as `input_ids`, or None."""
+    dataset, collate = _rows_and_collator(trainer)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+        return None
+    with _same_randomness():
+        made = _collated(collate, dataset, [0] * size)
+    shape = _shape(made)
+    if made.keys() <= USUAL or shape is None or any(_shape_of(each) != shape for each in made.values()):
+        return None
+    return Batch(
+        {
+            name: torch.full((shape[0], length), int(name.endswith("mask")), dtype=each.dtype)
+            for name, each in made.items()
+        }
+    )
+
+
 def _rows_and_collator(trainer: Any) -> tuple[Any, Any]:
     """Those of the Trainer's own loader, which is made and left behind."""
     known = list(trainer.accelerator._dataloaders)
@@ -102,7 +124,7 @@ def _lengths(dataset: Any) -> tuple[dict[int, int], list[str]]:
     if not count:
         raise DataError("the training data is empty", hint="give the Trainer a `train_dataset` with rows")
     if _length(dataset[0]) is None:
-        # Only the collator knows how long they become.
+        # Only the collator knows how long they become, and it need not say.
         notes = ["rows have no `input_ids`: the first ones are taken for the longest"]
         return dict.fromkeys(range(min(count, MOST_MADE_ROWS)), 0), notes
     is_column = hasattr(dataset, "select_columns") and "input_ids" in dataset.column_names
@@ -118,8 +140,20 @@ def _lengths(dataset: Any) -> tuple[dict[int, int], list[str]]:
 
 
 def _length(row: Any) -> int | None:
-    ids: Any = row.get("input_ids") if isinstance(row, Mapping) else None
-    return len(ids) if hasattr(ids, "__len__") else None
+    """Tokens of a row; of a prompt with several answers, as preferences have them, those of the longest."""
+    if not isinstance(row, Mapping):
+        return None
+    if hasattr(row.get("input_ids"), "__len__"):
+        return len(row["input_ids"])
+    prompts = _ids(row, "prompt")
+    answers = [length for kind in ANSWERS for length in _ids(row, kind)]
+    return max(prompts, default=0) + max(answers) if answers else None
+
+
+def _ids(row: Mapping[str, Any], kind: str) -> list[int]:
+    return [
+        len(row[name]) for name in (f"{kind}_ids", f"{kind}_input_ids") if hasattr(row.get(name), "__len__")
+    ]
 
 
 def _collated(collate: Any, dataset: Any, indices: list[int]) -> dict[str, Any]:
@@ -134,7 +168,11 @@ def _collated(collate: Any, dataset: Any, indices: list[int]) -> dict[str, Any]:
 
 
 def _shape(tensors: dict[str, Any]) -> Any:
-    return getattr(tensors.get("input_ids"), "shape", None)
+    return _shape_of(tensors.get("input_ids"))
+
+
+def _shape_of(tensor: Any) -> Any:
+    return getattr(tensor, "shape", None)
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from transformers import TrainerCallback
 
 from memplan.budget.result import Result
 from memplan.errors import JobError, MemoryBudgetError, MemplanError
-from memplan.hf.plan import ENGINES, TrainerPlan, preflight
+from memplan.hf.plan import ENGINES, TrainerPlan, check_options, preflight
 from memplan.hf.watching import Measured, Watch, comparison
 from memplan.train.tokens import first_line
 
@@ -19,6 +20,10 @@ MISFITS = ("warn", "raise")
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _to_nobody(line: str) -> None:
+    """Where lines go when they cannot be said."""
 
 
 class MemplanCallback(TrainerCallback):
@@ -54,11 +59,16 @@ class MemplanCallback(TrainerCallback):
         for name, value, words in (("on_misfit", on_misfit, MISFITS), ("engine", engine, ENGINES)):
             if value not in words:
                 raise JobError(f"`{name}` is `{value}`", hint=f"use one of {', '.join(words)}")
+        check_options(max_seq_len, gpu)
+        if say is not None and not callable(say):
+            raise JobError(
+                f"`say` is of {type(say).__name__}, which cannot be called", hint="give a function of a line"
+            )
         self.plan: TrainerPlan | None = None
         self._options: dict[str, Any] = {"gpu": gpu, "max_seq_len": max_seq_len, "engine": engine}
         self._raises = on_misfit == "raise"
         self._measure = measure
-        self._say = say or _to_stderr
+        self._listener = say or _to_stderr
         self._watch: Watch | None = None
         self._measured: Measured | None = None
 
@@ -115,9 +125,15 @@ class MemplanCallback(TrainerCallback):
             return
         try:
             self._stop_watching()
-            if self.plan is not None and self._measured is not None:
-                for line in comparison(self.plan.result, self._measured):
-                    self._say(line)
+            if self.plan is None or self._measured is None:
+                return
+            if self.plan.result.engine["device"] != args.device.type:
+                self._say(
+                    f"memplan: the plan is of a GPU and the run was on {args.device.type}: not compared"
+                )
+                return
+            for line in comparison(self.plan.result, self._measured):
+                self._say(line)
         except Exception as error:
             self._warn("no comparison", error, args)
 
@@ -126,6 +142,16 @@ class MemplanCallback(TrainerCallback):
         if watch is not None:
             watch.close()
             self._measured = watch.measured()
+
+    def _say(self, line: str) -> None:
+        """A listener that fails hears no more; the run goes on."""
+        try:
+            self._listener(line)
+        except Exception as error:
+            self._listener = _to_nobody
+            with suppress(Exception):
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                _to_stderr(f"memplan: `say` failed, and nothing more is said: {reason}")
 
     def _warn(self, what: str, error: Exception, args: Any) -> None:
         if args.process_index:
@@ -152,12 +178,15 @@ def _trainer_of(callback: TrainerCallback) -> Any:
 
 
 def _beside(trainer: Any) -> list[Any]:
-    """Tensors on the device that are neither parameters nor buffers: packed weights' constants, optimizer states."""
+    """Tensors on the device beside the model's own: other models, packed weights' constants, optimizer states."""
     import torch
 
+    from memplan.tracing.hf_trainer import models_of
     from memplan.tracing.stand_in import quant_constants
 
-    found = [tensor for _, tensor in quant_constants(trainer.model)]
+    others = [model for model in models_of(trainer).values() if model is not trainer.model]
+    found = [tensor for model in others for tensor in (*model.parameters(), *model.buffers())]
+    found += [tensor for model in (trainer.model, *others) for _, tensor in quant_constants(model)]
     states = [] if trainer.optimizer is None else trainer.optimizer.state.values()
     return found + [
         value

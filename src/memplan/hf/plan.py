@@ -78,7 +78,19 @@ def preflight(
     begin = time.perf_counter()
     if engine not in ENGINES:
         raise JobError(f"`engine` is `{engine}`", hint="use `auto`, `shape` or `trace`")
+    check_options(max_seq_len, gpu)
+    if not hasattr(subject, "callback_handler") and not hasattr(subject, "per_device_train_batch_size"):
+        raise JobError(
+            f"`preflight` was given an object of {type(subject).__name__}, which is neither a Trainer nor "
+            "TrainingArguments",
+            hint="give the Trainer, or the arguments and the model",
+        )
     trainer = subject if hasattr(subject, "callback_handler") else None
+    if trainer is None and not hasattr(getattr(model, "config", model), "to_dict"):
+        raise JobError(
+            f"with arguments alone `model` has to be a transformers model or its config, not {_kind(model)}",
+            hint="give `AutoConfig.from_pretrained(...)`, or the Trainer in place of the arguments",
+        )
     args = subject if trainer is None else subject.args
     device = "cpu" if args.device.type == "cpu" and gpu is None else "cuda"
     card = card_name(gpu, device)
@@ -107,6 +119,11 @@ def preflight(
     else:
         result = None
     if result is None:
+        if engine == "shape":
+            raise JobError(
+                f"a job has no words for: {'; '.join(dict.fromkeys(reading.unknown))}",
+                hint='`engine="auto"` runs the Trainer on meta tensors',
+            )
         if args.world_size > 1 and reading.unknown:
             raise TraceError(
                 f"a job has no words for: {'; '.join(reading.unknown)}; and runs of several processes are not traced",
@@ -121,6 +138,21 @@ def preflight(
     notes = (*batch.notes, *reading.notes)
     result = result.with_warnings(*notes)
     return TrainerPlan(result, str(batch), reasons, notes, time.perf_counter() - begin)
+
+
+def _kind(model: Any) -> str:
+    return "None" if model is None else f"an object of {type(model).__name__}"
+
+
+def check_options(max_seq_len: Any, gpu: Any) -> None:
+    """Raise JobError where a length is no whole number from 1 on, or a card is not named."""
+    is_whole = isinstance(max_seq_len, int) and not isinstance(max_seq_len, bool)
+    if max_seq_len is not None and not (is_whole and max_seq_len > 0):
+        raise JobError(
+            f"`max_seq_len` is `{max_seq_len}`", hint="give the tokens of the longest sequence, such as 2048"
+        )
+    if gpu is not None and not isinstance(gpu, str):
+        raise JobError(f"`gpu` is `{gpu}`", hint='give a card or a size as text, such as "24GB"')
 
 
 def _batch_of(reading: Reading, args: Any, max_seq_len: int | None) -> Batch:

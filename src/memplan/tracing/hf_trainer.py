@@ -70,7 +70,7 @@ def trace_trainer(
         Whatever the Trainer's code raises, as it is.
     """
     _check(trainer)
-    models = _models(trainer)
+    models = models_of(trainer)
     optimizers = [] if trainer.optimizer is None else [unwrapped(trainer.optimizer)]
     kept = [dict(optimizer.__dict__) for optimizer in optimizers]
     half = trainer.accelerator.mixed_precision == "fp16"
@@ -125,7 +125,7 @@ def unwrapped(optimizer: Any) -> Any:
     return unwrapped(optimizer.optimizer) if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
 
 
-def _models(trainer: Any) -> dict[str, nn.Module]:
+def models_of(trainer: Any) -> dict[str, nn.Module]:
     """The model that trains, and others that the Trainer holds, such as a teacher, by prefix."""
     models: dict[str, nn.Module] = {"": trainer.model}
     inside = {id(module) for module in trainer.model.modules()} | {id(trainer.model_wrapped)}
