@@ -22,6 +22,8 @@ from parallel_cells import Cell, cells, resumable_job, train  # noqa: E402
 from tiny_runs import losses, prepared, tiny_job  # noqa: E402
 
 from memplan.errors import RunError  # noqa: E402
+from memplan.train import group  # noqa: E402
+from memplan.train.group import Group  # noqa: E402
 from memplan.train.output_folder import write_job  # noqa: E402
 from memplan.train.processes import Workers, membership  # noqa: E402
 from memplan.train.record import Record  # noqa: E402
@@ -178,6 +180,34 @@ def test_processes_of_others_are_joined() -> None:
     # Inside a batch script, before srun.
     assert membership({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, 8) is None
     assert membership({}, 2) is None
+
+
+@pytest.mark.parametrize("goes", [False, True], ids=["explains", "goes"])
+def test_whoever_fails_later_waits_for_the_explanation(monkeypatch: pytest.MonkeyPatch, goes: bool) -> None:
+    """Until the process that failed first has said why, or has taken the store with it."""
+
+    class Gone:
+        def check(self, keys: list[str]) -> bool:
+            raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    first, second = Group(world_size=2, store=torch.distributed.HashStore()), Group(rank=1, world_size=2)
+    second.store = first.store
+    polls: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        polls.append(seconds)
+        if len(polls) == 3 and goes:
+            second.store = Gone()
+        elif len(polls) == 3:
+            first.has_explained()
+
+    monkeypatch.setattr(group.time, "sleep", sleep)
+    assert first.is_first_to_fail()
+    assert not second.is_first_to_fail()
+    second.await_explanation()
+
+    assert len(polls) == 3
+    Group().await_explanation()  # alone there is nobody to wait for
 
 
 @pytest.mark.parametrize("is_killed", [False, True], ids=["SIGTERM", "SIGKILL of a rank"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -19,7 +20,8 @@ from torch import Tensor
 from memplan.errors import RunError
 from memplan.train.processes import STORE_DESCRIPTOR
 
-_FAILURE = "memplan/failures"
+_FAILURE, _EXPLAINED = "memplan/failures", "memplan/explained"
+_POLL_SECONDS = 0.05
 _LOST_PEER_TEXTS = (
     "gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError",
     "remote process exited", "store->get", "recvValue failed", "sendBytes failed",
@@ -80,6 +82,21 @@ class Group:
             return bool(self.store.add(_FAILURE, 1) == 1)
         except RuntimeError:
             return False
+
+    def has_explained(self) -> None:
+        """Why the run ends is said, by this process."""
+        if self.store is not None:
+            with suppress(RuntimeError):
+                self.store.set(_EXPLAINED, "")
+
+    def await_explanation(self) -> None:
+        """
+        Until the process that says why the run ends has done so, or has gone, and the store with it. Whoever leaves
+        starts the time that the launcher gives to those that stay.
+        """
+        with suppress(RuntimeError):
+            while self.store is not None and not self.store.check([_EXPLAINED]):
+                time.sleep(_POLL_SECONDS)
 
     def leave(self) -> None:
         """Wait for the others and part; after this nothing can be sent. Nobody is missed who has gone already."""

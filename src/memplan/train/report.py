@@ -35,7 +35,9 @@ def say(text: str = "") -> None:
     """One line for the person at the terminal."""
     prefix = _speakers["prefix"]
     if prefix is not None:
-        print(prefix + text if text else text, file=sys.stderr, flush=True)
+        empty_lines = "\n" * (len(text) - len(text.lstrip("\n")))
+        words = text.lstrip("\n")
+        print(f"{empty_lines}{prefix}{words}" if words else text, file=sys.stderr, flush=True)
 
 
 def plan_lines(plan: Result, device: str, *, num_ranks: int = 1) -> list[str]:

@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,7 +98,9 @@ def run_job(
         # After a step all ranks have agreed to stop; before the first, each stops by itself.
         return _interrupted(run, interrupted, together=interrupted.step > 0)
     except MemplanError as error:
-        return _failed(run, error)
+        if run is None:
+            return _not_begun(error)
+        return _explained(run, error.exit_code, partial(_say_failed, run, error))
     except Exception as error:
         if run is None:
             raise
@@ -105,10 +108,14 @@ def run_job(
             return _left_alone(run, stop.received)
         out_of_memory = out_of_memory_words(error)
         if out_of_memory is None:
-            return _broken(run, error)
+            return _explained(run, INTERNAL_ERROR, partial(_say_broken, run, error))
     # Outside the except block: inside it the traceback still holds every tensor of the failed step.
     if out_of_memory is not None:
-        return _explain_out_of_memory(run, out_of_memory)
+        run.release()
+        gc.collect()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return _explained(run, OUT_OF_MEMORY, partial(_say_out_of_memory, run, out_of_memory))
     assert run is not None
     if run.group.is_first:
         _finish(run, "completed")
@@ -236,25 +243,35 @@ def _interrupted(run: Run | None, interrupted: Interrupted, *, together: bool = 
     return code
 
 
-def _failed(run: Run | None, error: MemplanError) -> int:
-    if run is None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            report_error(error.message, error.hint)
-        return error.exit_code
-    if not _takes_the_word(run):
-        return error.exit_code
-    _finish(run, "failed", error.message)
-    report_error(error.message, error.hint)
-    _say_how_to_continue(run)
+def _not_begun(error: MemplanError) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        report_error(error.message, error.hint)
     return error.exit_code
 
 
-def _broken(run: Run, error: Exception) -> int:
+def _explained(run: Run, code: int, explain: Callable[[], None]) -> int:
+    """
+    The exit code of a run that has failed. Of all processes that fail one explains why, and the others let it: finding
+    a change that fits takes longer than the launcher waits once one has gone.
+    """
+    if _takes_the_word(run):
+        explain()
+        run.group.has_explained()
+    else:
+        run.group.await_explanation()
+    return code
+
+
+def _say_failed(run: Run, error: MemplanError) -> None:
+    _finish(run, "failed", error.message)
+    report_error(error.message, error.hint)
+    _say_how_to_continue(run)
+
+
+def _say_broken(run: Run, error: Exception) -> None:
     """
     A fault that we have no words for: its traceback goes into a file, and onto the screen only if asked for.
     """
-    if not _takes_the_word(run):
-        return INTERNAL_ERROR
     phase, step = run.phase
     where = "" if run.group.is_first else f"rank {run.group.rank}: "
     sentence = f"{where}{type(error).__name__} in {phase} of step {step}: {first_line(error)}"
@@ -269,7 +286,6 @@ def _broken(run: Run, error: Exception) -> int:
             hint = f"the traceback is in `{path}`"
     report_error(sentence, hint)
     _say_how_to_continue(run)
-    return INTERNAL_ERROR
 
 
 def _say_how_to_continue(run: Run) -> None:
@@ -290,14 +306,9 @@ def out_of_memory_words(error: Exception) -> str | None:
     return f"tried to allocate {amount} more"
 
 
-def _explain_out_of_memory(run: Run, detail: str) -> int:
-    if not _takes_the_word(run):
-        return OUT_OF_MEMORY
+def _say_out_of_memory(run: Run, detail: str) -> None:
+    """What was planned, what is free now that the run has let go of its own, and the smallest change that fits."""
     phase, step = run.phase
-    run.release()
-    gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
     capacity = free_capacity(run.device, run.plan)
     _finish(run, "out_of_memory", f"out of memory in {phase} of step {step}: {detail}")
     for line in report.out_of_memory_lines(run.plan, phase, step, detail, capacity):
@@ -308,7 +319,7 @@ def _explain_out_of_memory(run: Run, detail: str) -> int:
     if change is None:
         say("\nhint: no change that leaves the model as it is makes this job fit; train fewer layers")
         _say_how_to_continue(run)
-        return OUT_OF_MEMORY
+        return
     if change.tier <= HIGHEST_TIER and not different_fields(run.job, run.job.replace(**change.set)):
         _propose(run, change)
     command = retry_command(
@@ -318,7 +329,6 @@ def _explain_out_of_memory(run: Run, detail: str) -> int:
     say(f"\nhint: the smallest change that fits: {change.summary}")
     say(f"      needs {format_bytes(change.need_bytes)}{slower}:")
     say(f"      {command}")
-    return OUT_OF_MEMORY
 
 
 def _propose(run: Run, change: Change) -> None:
