@@ -17,7 +17,7 @@ from memplan.budget.outside import non_torch_bytes
 from memplan.budget.result import Host, ParameterCount, Peak, PhaseLine, Result, TensorLine
 from memplan.job.spec import AllocatorSettings, Job
 from memplan.model.architecture import Architecture
-from memplan.tape.shape import Behaviour
+from memplan.tape.behaviour import Behaviour
 from memplan.tape.tape import Tape, WrittenTape
 from memplan.tape.vocabulary import with_special_tokens
 from memplan.tape.writer import NUM_STEPS, write_tape

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
+from memplan.tape.behaviour import Behaviour
 from memplan.tape.repeat import Expansion, NotRepeatable, Selection, choose_layers
-from memplan.tape.shape import Behaviour, checkpointed_layers, npt_layers, record
+from memplan.tape.shape import checkpointed_layers, npt_layers, record
 from memplan.tape.vocabulary import with_special_tokens
 from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
 

@@ -1,0 +1,286 @@
+"""
+The training loop as the shape writer runs it: batches, forward, loss, backward, the optimizer's step, and an evaluation
+after the last one; what the loop holds, and until when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+
+from memplan.errors import JobError
+from memplan.job.spec import Job
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.engine import backward
+from memplan.tape.graph import Graph
+from memplan.tape.kernels import liger_loss, triton_cross_entropy
+from memplan.tape.loss import chunked_loss, cross_entropy, full_loss
+from memplan.tape.modules import entered, left
+from memplan.tape.ops import cast, scale, unary_saving_output
+from memplan.tape.optimizer import OptimizerProgram
+from memplan.tape.parts import Model
+from memplan.tape.programs import Settings, decoder
+from memplan.tape.programs import logits as logits_of
+from memplan.tape.sharding import whole_root
+from memplan.tape.tensors import Tensor
+from memplan.tape.zero import ZeroOptimizer
+from memplan.tape.zero3 import Zero3Optimizer
+
+Optimizer = OptimizerProgram | ZeroOptimizer | Zero3Optimizer
+
+
+@dataclass
+class Recording:
+    """What the programs wrote: the graph's raw events, and where phases begin in them."""
+
+    graph: Graph
+    events: list[int] = field(default_factory=list)
+    marks: list[tuple[int, str, int]] = field(default_factory=list)
+    layers: tuple[int, ...] = ()
+    num_trainable: int = 0
+
+    def mark(self, phase: str, step: int) -> None:
+        self.marks.append((len(self.graph.events), phase, step))
+
+
+class Loop:
+    """The training loop: what it holds, and until when."""
+
+    def __init__(
+        self,
+        g: Graph,
+        job: Job,
+        model: Model,
+        behaviour: Behaviour,
+        recording: Recording,
+        *,
+        num_converted: int,
+    ) -> None:
+        self.g = g
+        self.job = job
+        self.model = model
+        self.behaviour = behaviour
+        self.recording = recording
+        self.num_converted = num_converted
+        """Blocks of the whole model that have become NPT blocks."""
+        self.settings = Settings(job.attention, behaviour, offload_inputs=job.activation_offload)
+        self.packed = job.packing and job.loop == "memplan"
+        self.batch: tuple[Tensor, ...] = ()
+        self.batches: list[tuple[Tensor, ...]] = []
+        self.output: list[Tensor] = []
+        self.metrics: list[Tensor] = []
+        self.held_cache: list[tuple[int, Tensor]] = []
+
+    def step(self, number: int, optimizer: Optimizer) -> None:
+        """One optimizer step; from the third micro batch on nothing changes, so no more are written."""
+        recording = self.recording
+        is_own = self.job.loop == "memplan"
+        total = self.sum_of_losses(number) if is_own and self.job.method != "npt" else None
+        num_micro_batches = min(self.job.gradient_accumulation_steps, 3)
+        for micro in range(1, num_micro_batches + 1):
+            recording.mark("forward", number)
+            if self.g.units is not None:
+                self.g.units.is_last = micro == num_micro_batches
+            length = self.behaviour.first_length if number == 1 else None
+            length = length or self.job.max_seq_len
+            self.g.begin(f"forward {number}.{micro}")
+            self.load_batch(micro, length)
+            if self.model.buckets is not None and micro == 1:  # the first after gradients were reduced
+                self.model.buckets.rebuild()
+            loss = self.forward(f"{number}.{micro}")
+            if loss is not None:
+                recording.mark("backward", number)
+                self.g.begin(f"backward {number}.{micro}")
+                if self.behaviour.fsdp1 and self.job.method != "full":
+                    self.settings.kept = []
+                backward(self.g, loss)
+                self.release_kept(f"{number}.{micro}")
+                del loss
+            if is_own:
+                self.batch, self.settings.position_ids = (), None
+        self.add_up_gradients(number)
+        self.metrics = []
+        del total
+        recording.mark("optimizer_step", number)
+        optimizer.step(number)
+        if self.behaviour.step_is_function:
+            self.settings.cache = []
+            self.replace_output([])
+        optimizer.zero_grad(number)
+
+    def add_up_gradients(self, number: int) -> None:
+        """Of NPT, which no hook of DDP or FSDP sees: all of them in one tensor (train/parallel.py)."""
+        if self.job.method != "npt" or self.job.world_size == 1:
+            return
+        recorded = sum(prod(parameter.shape) for parameter in self.model.trainable)
+        num_recorded = len({parameter.layer for parameter in self.model.trainable})
+        count = recorded * self.num_converted // num_recorded
+        self.g.begin(f"gradients added up {number}")
+        flat = self.g.new((count,), "float32", "gradients of all NPT blocks", "comm")
+        del flat
+
+    def evaluate(self, number: int) -> None:
+        """
+        One batch of an evaluation after step `number` (train/loop.py): the model in eval mode, nothing saved for
+        backward, with the optimizer's states in place.
+        """
+        self.recording.mark("evaluation", number)
+        self.g.training = False
+        with self.g.no_grad():
+            self.g.begin(f"forward evaluation {number}")
+            self.batch = self.new_batch(self.job.max_seq_len)
+            if self.job.method == "npt":
+                from memplan.tape.npt import evaluate
+
+                evaluate(self.g, self.model, self.batch, self.job, self.settings, self.num_converted)
+            else:
+                self.forward(f"evaluation {number}")
+        self.g.leave_autocast()
+        self.g.training = True
+
+    def sum_of_losses(self, number: int) -> Tensor:
+        self.g.begin(f"step {number}")
+        return self.g.new((), "float32", "sum of losses", "logits_loss")
+
+    def release_kept(self, label: str) -> None:
+        """What FSDP1's hooks kept goes, block by block."""
+        kept = self.settings.kept or []
+        self.settings.kept = None
+        self.g.begin(f"inputs freed {label}")
+        while kept:
+            self.g.enter(kept[-1][0].layer)
+            kept.pop()
+        self.g.enter(None)
+
+    def load_batch(self, micro: int, length: int) -> None:
+        """Micro batch number `micro` of a step takes the place of the one before."""
+        if not self.behaviour.prefetch:
+            self.batch = self.new_batch(length)
+            return
+        if micro == 1:
+            self.batches = [self.new_batch(length) for _ in range(self.job.gradient_accumulation_steps)]
+            for _, labels in self.batches:
+                num_counted = length if self.model.architecture.is_encoder else length - 1
+                counted = self.g.new((labels.shape[0], num_counted), "bool", "targets", "inputs")
+                del counted
+        self.batch = self.batches[micro - 1]
+
+    def new_batch(self, length: int) -> tuple[Tensor, ...]:
+        """Ids and labels on the device, and positions where rows are packed."""
+        g, job = self.g, self.job
+        shape = (job.micro_batch_size, length)
+        if self.packed and job.attention == "flash_attention_2":
+            shape = (1, prod(shape))  # the trainer hands it all documents in one row (train/data.py, flatten)
+        ids = g.new(shape, "int64", "input ids", "inputs")
+        labels = g.new(shape, "int64", "labels", "inputs")
+        if self.packed:
+            self.settings.position_ids = g.new(shape, "int64", "position ids", "inputs")
+        return ids, labels
+
+    def forward(self, label: str) -> Tensor | None:
+        g, job = self.g, self.job
+        ids, labels = self.batch
+        self.settings.cache = []
+        loss = None
+        with whole_root(g):
+            if job.method == "npt":
+                from memplan.tape.npt import end_to_end_step, local_step, objective, read_metrics
+
+                num_converted = self.num_converted
+                if job.npt.objective == "end_to_end":
+                    return end_to_end_step(g, self.model, ids, job, self.settings, label, num_converted)
+                last_hidden = local_step(g, self.model, ids, job, self.settings)
+                g.leave_autocast()
+                del last_hidden
+                self.metrics = read_metrics(g, num_converted)
+                objective(g, num_converted)
+            else:
+                roots = ("PeftModel", "LoraModel", "head") if job.method == "lora" else ("head",)
+                for root in roots:
+                    entered(g, root)
+                hidden = [decoder(g, self.model, ids, self.settings)]
+                g.category = "logits_loss"
+                with g.module("loss"):
+                    loss = self.loss(hidden, labels)
+                g.category = "activations"
+                for root in reversed(roots):
+                    loss = left(g, root, loss)
+        return loss
+
+    def loss(self, held: list[Tensor], labels: Tensor) -> Tensor:
+        """`held` is the only reference to the hidden states, so that they can go as early as the loop lets them."""
+        g, behaviour, head = self.g, self.behaviour, self.model.head
+        softcapped = self.model.architecture.final_logit_softcapping is not None
+        is_own, is_encoder = self.job.loop == "memplan", self.model.architecture.is_encoder
+        form = self.job.loss_form(plain_head=head.is_plain)
+        if form != "full" and not head.has_only_weight:
+            raise JobError(
+                f"`loss: {form}` needs an output head that is one linear layer without bias or adapter, not in 4 bits",
+                hint="use `--set loss=full`, or keep `lm_head` out of `lora.target_modules` and in `quantization.skip`",
+            )
+        if form != "full":
+            self.settings.input_leaf = None
+        if form == "chunked":
+            loss = self.on_head(held[0], lambda x: chunked_loss(g, x, head, labels, softcapped=softcapped))
+            g.leave_autocast()
+            return loss
+        if form == "fused":
+            hidden = held.pop()
+            old = behaviour.liger_before_0_5
+            loss = self.on_head(hidden, lambda x: liger_loss(g, x, head, labels, before_0_5=old))
+            g.leave_autocast()
+            return loss
+        logits = logits_of(g, self.model, held[0])
+        if not behaviour.hold_hidden:
+            held.pop()
+        if softcapped:
+            logits = scale(g, logits, "logits over cap")
+            logits = unary_saving_output(g, logits, "tanh of logits")
+            logits = scale(g, logits, "capped logits")
+        if behaviour.float_logits:
+            logits = cast(g, logits, "float32")
+        loss = full_loss(
+            g,
+            logits,
+            labels,
+            upcast=behaviour.upcast_logits and (is_own or not is_encoder),
+            shift_logits=behaviour.shift_logits,
+            divide=is_own,
+            shifts=not is_encoder,
+            kernel=triton_cross_entropy if behaviour.triton_loss else cross_entropy,
+        )
+        if behaviour.float_output:
+            held.clear()
+            g.leave_autocast()  # accelerate's copy comes after the region it has put around `forward`
+            logits = cast(g, logits, "float32")
+        if behaviour.hold_logits:
+            held.clear()
+            leaf = self.settings.input_leaf
+            self.replace_output([logits, loss] if leaf is None else [logits, loss, leaf])
+            del leaf
+        self.settings.input_leaf = None
+        self.g.leave_autocast()  # casts of weights live until autocast ends; the graph keeps its own
+        return loss
+
+    def on_head(self, hidden: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """A loss that multiplies with the head's weight itself."""
+        weight, hooks = self.model.head.weight, self.g.hooks
+        if hooks is None or weight is None:
+            return loss(hidden)
+        return hooks.run(("loss", weight), [weight], (hidden,), loss)
+
+    def replace_output(self, output: list[Tensor]) -> None:
+        """
+        The model's new output takes the place of the one held since the last step: its loss, which keeps the leaves of
+        its graph, its logits and its cache.
+        """
+        g = self.g
+        self.output = output
+        held, self.held_cache = self.held_cache, self.settings.cache
+        held.reverse()
+        g.begin(f"cache freed {len(g.stretches)}")
+        while held:
+            g.enter(held[-1][0])
+            held.pop()
+        g.enter(None)
