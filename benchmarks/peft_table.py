@@ -92,9 +92,10 @@ def load_runs(file: Path = PUBLISHED) -> list[PeftRun]:
 
 def trace_run(run: PeftRun, *, longest: int = LONGEST, before: int = BEFORE) -> TracedRun:
     """Load, a step of `before` tokens, an emptied cache, a step of `longest`: what the allocator then holds at most."""
+    from memplan.tape.backends import Target
     from memplan.tracing.autocast import emulated
     from memplan.tracing.calibrate import sole_owner_counts
-    from memplan.tracing.cuda import Target, handlers, like_device
+    from memplan.tracing.cuda import handlers, like_device
     from memplan.tracing.recorder import Recorder
 
     recorder = Recorder(handlers=handlers(*sole_owner_counts()), workspace_bytes=CUBLAS_WORKSPACE_BYTES)

@@ -5,7 +5,7 @@ The trace writer: real training steps, run on meta tensors with the libraries at
 * `build.py`      the job's model on meta tensors, cut to the blocks that have to be run
 * `load.py`       how the model gets its memory; `loops.py` the training loops; `optimizers.py` those of bitsandbytes
 * `recorder.py`   allocations and frees of whatever runs; `places.py` which module they belong to
-* `cuda.py`       what runs on CUDA instead of what meta tensors would run; `autocast.py`; `scratch.py`
+* `cuda.py`       what runs on CUDA instead of what meta tensors would run; `sdpa.py`; `autocast.py`; `scratch.py`
 * `specs.py`      outputs of operations, remembered by the shapes of their inputs
 * `shadow.py`     values of the small tensors that decide what runs
 * `calibrate.py`  reference counts of the torch at hand
