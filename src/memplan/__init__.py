@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from memplan.exports import lazy_exports
 
 if TYPE_CHECKING:
     from memplan.tracing.step import Trace as Trace
@@ -10,13 +12,5 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LAZY = {"trace": "memplan.tracing.step", "Trace": "memplan.tracing.step"}
+__getattr__ = lazy_exports(__name__, {"tracing.step": ("Trace", "trace")})
 """Public names that need torch, which is imported with the first use of one."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module `memplan` has no attribute `{name}`")
-    from importlib import import_module
-
-    return getattr(import_module(_LAZY[name]), name)

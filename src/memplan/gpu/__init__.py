@@ -6,8 +6,9 @@ What reads live GPUs is imported with the first use of a name below: an estimate
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from memplan.exports import lazy_exports
 from memplan.gpu.capacity import live_capacity, resolve_capacity, usable_bytes
 from memplan.gpu.catalogue import GpuProfile, find_gpu, list_gpus, match_gpu
 from memplan.gpu.context import context_bytes
@@ -33,11 +34,7 @@ __all__ = [
     "visible_devices",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module `memplan.gpu` has no attribute `{name}`")
-    from importlib import import_module
-
-    module = "visible" if name == "visible_devices" else "probe"
-    return getattr(import_module(f"memplan.gpu.{module}"), name)
+__getattr__ = lazy_exports(
+    __name__,
+    {"probe": ("Device", "GpuFailure", "GpuProcess", "GpuReading", "Probe"), "visible": ("visible_devices",)},
+)

@@ -9,23 +9,13 @@ Importing this imports no torch; the names above do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from memplan.exports import lazy_exports
 
 if TYPE_CHECKING:
     from memplan.hf.callback import MemplanCallback as MemplanCallback
     from memplan.hf.plan import TrainerPlan as TrainerPlan
     from memplan.hf.plan import preflight as preflight
 
-_LAZY = {
-    "MemplanCallback": "memplan.hf.callback",
-    "TrainerPlan": "memplan.hf.plan",
-    "preflight": "memplan.hf.plan",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module `memplan.hf` has no attribute `{name}`")
-    from importlib import import_module
-
-    return getattr(import_module(_LAZY[name]), name)
+__getattr__ = lazy_exports(__name__, {"callback": ("MemplanCallback",), "plan": ("TrainerPlan", "preflight")})

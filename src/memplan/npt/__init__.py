@@ -17,9 +17,9 @@ The names below are loaded on first use, so that importing this package imports 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from memplan.exports import lazy_exports
 from memplan.npt.layers import layer_indices
 
 if TYPE_CHECKING:
@@ -43,16 +43,12 @@ __all__ = [
     "set_mode",
 ]
 
-_MODULES = {
-    "NptBlock": "block",
-    "end_to_end": "distillation",
-    "load_npt": "checkpoint",
-    "save_npt": "checkpoint",
-    "saved_npt": "checkpoint",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'conversion')}"), name)
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "block": ("NptBlock",),
+        "checkpoint": ("load_npt", "save_npt", "saved_npt"),
+        "conversion": ("LocalMetrics", "convert", "local_loss", "npt_blocks", "read_metrics", "set_mode"),
+        "distillation": ("end_to_end",),
+    },
+)

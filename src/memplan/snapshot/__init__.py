@@ -7,7 +7,9 @@ The names below are loaded on first use: every estimate asks `is_pickle`, and se
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from memplan.exports import lazy_exports
 
 if TYPE_CHECKING:
     from memplan.snapshot.diff import TapeDiff, TensorChange, diff_tapes
@@ -27,20 +29,12 @@ __all__ = [
     "write_snapshot",
 ]
 
-_MODULES = {
-    "TapeDiff": "diff",
-    "TensorChange": "diff",
-    "diff_tapes": "diff",
-    "is_pickle": "pickles",
-    "snapshot_of": "write",
-    "write_snapshot": "write",
-}
-"""Where the names are that are not in `read`."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module `memplan.snapshot` has no attribute `{name}`")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'read')}"), name)
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "diff": ("TapeDiff", "TensorChange", "diff_tapes"),
+        "pickles": ("is_pickle",),
+        "read": ("RecordedTape", "read_snapshot", "tape_of"),
+        "write": ("snapshot_of", "write_snapshot"),
+    },
+)
