@@ -20,12 +20,12 @@ pytestmark = pytest.mark.torch
 def explicit_delta(modulator, a):
     """delta_W^T and delta_b of one token, by the formulas."""
     rows = modulator.A if modulator.bias is None else torch.cat([modulator.A, modulator.bias[None]])
-    if modulator.variant == "diag":
-        whole = rows @ torch.diag(modulator.scale * torch.tanh(a @ modulator.A)) @ modulator.B
-    elif modulator.variant == "linear":
+    if modulator.npt.variant == "diag":
+        whole = rows @ torch.diag(modulator.npt.modulation_scale * torch.tanh(a @ modulator.A)) @ modulator.B
+    elif modulator.npt.variant == "linear":
         whole = rows @ torch.diag(a @ modulator.C) @ modulator.B
     else:
-        k = modulator.num_components
+        k = modulator.npt.components
         parts = zip(modulator.C.chunk(k, 1), rows.chunk(k, 1), modulator.B.chunk(k, 0))
         whole = sum(torch.outer(A @ (a @ C), (a @ C) @ B) for C, A, B in parts)
     d = modulator.A.shape[0]

@@ -48,12 +48,12 @@ def defined_delta(made: Modulator, a: torch.Tensor) -> tuple[torch.Tensor, torch
     """delta_W^T (d, f) and delta_b (f,) of one token, as the formulas define them; zeros without a bias."""
     bias = torch.zeros(made.A.shape[1], dtype=torch.float64) if made.bias is None else made.bias
     rows = torch.cat([made.A, bias[None]])
-    if made.variant == "diag":
+    if made.npt.variant == "diag":
         whole = rows @ torch.diag(0.5 * torch.tanh(a @ made.A)) @ made.B
-    elif made.variant == "linear":
+    elif made.npt.variant == "linear":
         whole = rows @ torch.diag(a @ made.C) @ made.B
     else:
-        k = made.num_components
+        k = made.npt.components
         parts = zip(made.C.chunk(k, 1), rows.chunk(k, 1), made.B.chunk(k, 0))
         whole = sum(torch.outer(A @ (a @ C), (a @ C) @ B) for C, A, B in parts)
     return whole[:-1], whole[-1]

@@ -75,11 +75,32 @@ class Modulator(nn.Module):
     down: Modulator | None
     """That of the MLP's last matrix."""
 
-    def __init__(self, npt: Npt, num_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        npt: Npt,
+        in_features: int,
+        out_features: int,
+        hidden_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
-        self.variant, self.target = npt.variant, npt.target
+        self.npt = npt
         self.up = self.down = None
+        drawn = self.draw(in_features, out_features, hidden_size, generator)
+        num_features = len(drawn["B"])
         self.bias = nn.Parameter(torch.ones(num_features, dtype=dtype, device=device)) if npt.bias else None
+        made = {name: nn.Parameter(values.to(device=device, dtype=dtype)) for name, values in drawn.items()}
+        for name in sorted(made):
+            self.register_parameter(name, made[name])
+
+    def draw(
+        self, in_features: int, out_features: int, hidden_size: int, generator: torch.Generator | None
+    ) -> dict[str, torch.Tensor]:
+        """First values of the tensors by name, in the order in which they get their memory."""
+        raise NotImplementedError
 
     def encode(self, a: torch.Tensor) -> torch.Tensor:
         """
@@ -117,7 +138,7 @@ class Modulator(nn.Module):
 
     def settings(self) -> dict[str, str | int | float | bool]:
         """The fields of the job's `npt` that the tensors belong to."""
-        return {"variant": self.variant, "target": self.target, "bias": self.bias is not None}
+        return {"variant": self.npt.variant, "target": self.npt.target, "bias": self.npt.bias}
 
     def extra_repr(self) -> str:
         shape = f"d={self.A.shape[0]}, f={self.B.shape[1]}"
@@ -150,24 +171,27 @@ class CoreModulator(Modulator):
         gram = (A.T @ A) * (B @ B.T)
         return ((code @ gram) * code).sum(-1)
 
-    def _initialize(
-        self,
-        npt: Npt,
-        shapes: tuple[tuple[int, int], ...],
-        out_features: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator | None,
-    ) -> list[nn.Parameter]:
-        """What reads, of these shapes, and B last: see the variants."""
-        readers = [torch.randn(shape, generator=generator) * shape[0] ** -0.5 for shape in shapes]
+    def draw(
+        self, in_features: int, out_features: int, hidden_size: int, generator: torch.Generator | None
+    ) -> dict[str, torch.Tensor]:
+        npt = self.npt
+        drawn = {
+            name: torch.randn(size, npt.rank, generator=generator) * size**-0.5
+            for name, size in self.read_sizes(in_features, hidden_size).items()
+        }
         B = torch.zeros(npt.rank, out_features)
         if npt.initialization == "small":
-            for reader in readers:
+            for reader in drawn.values():
                 reader *= SMALL_STD
             B = torch.randn(B.shape, generator=generator) * (SMALL_STD * npt.rank**-0.5)
-        return [nn.Parameter(values.to(device=device, dtype=dtype)) for values in (*readers, B)]
+        return drawn | {"B": B}
+
+    def read_sizes(self, in_features: int, hidden_size: int) -> dict[str, int]:
+        """Of the tensors that read, the number of features that each of them reads."""
+        return {"A": in_features}
+
+    def settings(self) -> dict[str, str | int | float | bool]:
+        return super().settings() | {"rank": self.npt.rank}
 
 
 class LinearModulator(CoreModulator):
@@ -182,30 +206,15 @@ class LinearModulator(CoreModulator):
     C ~ N(0, 1/d) and B = 0; with initialization `small` all three are small, as in `DiagonalModulator`.
     """
 
-    def __init__(
-        self,
-        npt: Npt,
-        in_features: int,
-        out_features: int,
-        hidden_size: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(npt, npt.rank, dtype=dtype, device=device)
-        shapes = ((in_features, npt.rank), (hidden_size, npt.rank))
-        self.A, C, self.B = self._initialize(
-            npt, shapes, out_features, dtype=dtype, device=device, generator=generator
-        )
-        self.C = C
+    C: nn.Parameter
+    """(d, R), reads the attention output"""
+
+    def read_sizes(self, in_features: int, hidden_size: int) -> dict[str, int]:
+        return super().read_sizes(in_features, hidden_size) | {"C": hidden_size}
 
     def encode(self, a: torch.Tensor) -> torch.Tensor:
         z = a @ self.C.to(a.dtype)
         return at_least_float32(z)
-
-    def settings(self) -> dict[str, str | int | float | bool]:
-        return super().settings() | {"rank": self.A.shape[1]}
 
 
 class DiagonalModulator(CoreModulator):
@@ -221,29 +230,12 @@ class DiagonalModulator(CoreModulator):
     gradients all but vanish.
     """
 
-    def __init__(
-        self,
-        npt: Npt,
-        in_features: int,
-        out_features: int,
-        hidden_size: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(npt, npt.rank, dtype=dtype, device=device)
-        self.scale = npt.modulation_scale
-        self.A, self.B = self._initialize(
-            npt, ((in_features, npt.rank),), out_features, dtype=dtype, device=device, generator=generator
-        )
-
     def encode(self, a: torch.Tensor) -> torch.Tensor:
         z = a @ self.A.to(a.dtype)
-        return self.scale * torch.tanh(at_least_float32(z))
+        return self.npt.modulation_scale * torch.tanh(at_least_float32(z))
 
     def settings(self) -> dict[str, str | int | float | bool]:
-        return super().settings() | {"rank": self.A.shape[1], "modulation_scale": self.scale}
+        return super().settings() | {"modulation_scale": self.npt.modulation_scale}
 
 
 class OuterModulator(Modulator):
@@ -262,20 +254,14 @@ class OuterModulator(Modulator):
     `small`, A and B are uniform in +-0.01.
     """
 
-    def __init__(
-        self,
-        npt: Npt,
-        in_features: int,
-        out_features: int,
-        hidden_size: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    C: nn.Parameter
+    """(d, R), reads the attention output"""
+
+    def draw(
+        self, in_features: int, out_features: int, hidden_size: int, generator: torch.Generator | None
+    ) -> dict[str, torch.Tensor]:
+        npt = self.npt
         features = npt.components * npt.rank
-        super().__init__(npt, features, dtype=dtype, device=device)
-        self.num_components = npt.components
         xavier = (6.0 / (hidden_size + npt.rank)) ** 0.5
         C = _uniform(hidden_size, features, bound=xavier, generator=generator)
         if npt.initialization == "small":
@@ -284,9 +270,7 @@ class OuterModulator(Modulator):
         else:
             A = torch.randn(in_features, features, generator=generator) * in_features**-0.5
             B = torch.zeros(features, out_features)
-        self.A = nn.Parameter(A.to(device=device, dtype=dtype))
-        self.B = nn.Parameter(B.to(device=device, dtype=dtype))
-        self.C = nn.Parameter(C.to(device=device, dtype=dtype))
+        return {"A": A, "B": B, "C": C}
 
     def encode(self, a: torch.Tensor) -> torch.Tensor:
         z = a @ self.C.to(a.dtype)
@@ -300,7 +284,7 @@ class OuterModulator(Modulator):
     def weight_delta(self, code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         z = self._by_component(code.to(dtype))
         A = self._by_component(self.A.to(dtype))
-        B = self.B.to(dtype).unflatten(0, (self.num_components, -1))
+        B = self.B.to(dtype).unflatten(0, (self.npt.components, -1))
         left = torch.einsum("...kr,dkr->...dk", z, A)
         right = torch.einsum("...kr,krf->...kf", z, B)
         return left @ right
@@ -311,7 +295,7 @@ class OuterModulator(Modulator):
         matrix of r * r elements. With one component that is the norm of delta_W.
         """
         A = self._by_component(at_least_float32(self.A)).transpose(0, 1)
-        B = at_least_float32(self.B).unflatten(0, (self.num_components, -1))
+        B = at_least_float32(self.B).unflatten(0, (self.npt.components, -1))
         z = self._by_component(code).flatten(0, -3).transpose(0, 1)
         left = ((z @ (A.mT @ A)) * z).sum(-1)
         right = ((z @ (B @ B.mT)) * z).sum(-1)
@@ -319,8 +303,7 @@ class OuterModulator(Modulator):
 
     def _by_component(self, features: torch.Tensor) -> torch.Tensor:
         """(..., k r) as (..., k, r)."""
-        return features.unflatten(-1, (self.num_components, -1))
+        return features.unflatten(-1, (self.npt.components, -1))
 
     def settings(self) -> dict[str, str | int | float | bool]:
-        rank = self.A.shape[1] // self.num_components
-        return super().settings() | {"rank": rank, "components": self.num_components}
+        return super().settings() | {"rank": self.npt.rank, "components": self.npt.components}
