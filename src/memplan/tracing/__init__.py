@@ -8,7 +8,7 @@ The trace writer: real training steps, run on meta tensors with the libraries at
 * `cuda.py`       what runs on CUDA instead of what meta tensors would run; `sdpa.py`; `autocast.py`; `scratch.py`
 * `specs.py`      outputs of operations, remembered by the shapes of their inputs
 * `shadow.py`     values of the small tensors that decide what runs
-* `calibrate.py`  reference counts of the torch at hand
+* `calibrate.py`  the recorder for the torch at hand, with its reference counts
 * `lean.py`       what a process that only traces does not import; `lazy.py`, `sizes.py`, `model_names.py` how
 
 Importing this package imports no torch; its modules do.

@@ -1,5 +1,6 @@
 """
-The reference counts of a gradient that only autograd's engine holds, as a handler sees them.
+The recorder for the torch at hand, with the reference counts of a gradient that only autograd's engine holds, as a
+handler sees them.
 
 They depend on how many references torch's own Python glue holds at that point, so they are measured once per process on
 a graph in which the answer is known.
@@ -13,7 +14,24 @@ from typing import Any
 import torch
 
 from memplan.errors import TraceError
+from memplan.tape.behaviour import Behaviour
+from memplan.tracing.cuda import handlers
 from memplan.tracing.recorder import Recorder, called_by_engine
+
+
+def recorder_for(behaviour: Behaviour, device: str) -> Recorder:
+    """
+    What records a run on `device`, `cuda` or `cpu`.
+
+    Raises:
+        TraceError: the torch at hand cannot be traced.
+    """
+    on_gpu = device == "cuda"
+    return Recorder(
+        handlers=handlers(*sole_owner_counts()),
+        workspace_bytes=behaviour.cublas_workspace_bytes if on_gpu else 0,
+        kernel_scratch=on_gpu,
+    )
 
 
 @cache

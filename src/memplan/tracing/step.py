@@ -26,8 +26,8 @@ from memplan.tape.behaviour import Behaviour
 from memplan.tape.tape import FlatTape, Mark, Storage, Tape
 from memplan.tracing.autocast import emulated
 from memplan.tracing.build import META
-from memplan.tracing.calibrate import sole_owner_counts
-from memplan.tracing.cuda import handlers, like_device, target_of
+from memplan.tracing.calibrate import recorder_for
+from memplan.tracing.cuda import like_device, target_of
 from memplan.tracing.places import Place, places_of
 from memplan.tracing.recorder import Recorder
 from memplan.tracing.shadow import MAX_FLOATS, MAX_INTEGERS
@@ -122,12 +122,7 @@ def trace_run(
     capacity, profile = _capacity(gpu)
     behaviour = Behaviour.for_job(Job(model="step", gpu=None if profile is None else profile.name))
     target = target_of(behaviour, device)
-    on_gpu = device == "cuda"
-    recorder = Recorder(
-        handlers=handlers(*sole_owner_counts()),
-        workspace_bytes=behaviour.cublas_workspace_bytes if on_gpu else 0,
-        kernel_scratch=on_gpu,
-    )
+    recorder = recorder_for(behaviour, device)
     phases = StepPhases(recorder)
     parameters = _count(models)
     with ExitStack() as stack:

@@ -21,14 +21,13 @@ from memplan.tape.repeat import Expansion
 from memplan.tape.tape import Storage, Tape
 from memplan.tracing.autocast import emulated
 from memplan.tracing.build import META, build_meta
-from memplan.tracing.calibrate import sole_owner_counts
-from memplan.tracing.cuda import handlers, like_device, target_of
+from memplan.tracing.calibrate import recorder_for
+from memplan.tracing.cuda import like_device, target_of
 from memplan.tracing.host import HostMemory, HostMover
 from memplan.tracing.load import load
 from memplan.tracing.loops import run_loop
 from memplan.tracing.optimizers import bitsandbytes_on_meta, own_quantization_maps
 from memplan.tracing.packages import stand_ins
-from memplan.tracing.recorder import Recorder
 from memplan.tracing.sharded import finish_reductions, is_distributed, rank_zero
 from memplan.train.group import Group
 from memplan.train.offload import PlainMover
@@ -102,11 +101,7 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
     behaviour = Behaviour.for_job(job)
     target = target_of(behaviour, device)
     on_gpu = device == "cuda"
-    recorder = Recorder(
-        handlers=handlers(*sole_owner_counts()),
-        workspace_bytes=behaviour.cublas_workspace_bytes if on_gpu else 0,
-        kernel_scratch=on_gpu,
-    )
+    recorder = recorder_for(behaviour, device)
     with _quiet(), ExitStack() as stack:
         group = stack.enter_context(rank_zero(recorder, job)) if is_distributed(job) else Group(device=META)
         meta = build_meta(job, config, group, mover=HostMover() if on_gpu else PlainMover(), whole=whole)
