@@ -60,5 +60,5 @@ def test_every_export_exists():
     import memplan.npt
 
     assert all(getattr(memplan.npt, name) is not None for name in memplan.npt.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="no attribute `nothing`"):
         memplan.npt.nothing  # noqa: B018
