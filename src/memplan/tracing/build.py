@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from memplan.budget.host import HostSizes
-from memplan.errors import ModelError, NoSuchAttention, RunError, TraceError, UnknownModel
+from memplan.errors import NoSuchAttention, RunError, TraceError, UnknownModel
 from memplan.job.spec import Job
 from memplan.model.config import class_name_of, is_masked_lm, refuse_quantized
 from memplan.tape.encoders import refuse_for_encoder
 from memplan.tape.repeat import Selection, choose_layers
 from memplan.tape.vocabulary import resized_config
 from memplan.train.adapters import without_bitsandbytes
-from memplan.train.build import Built, _prepare, auto_class, check_head, decoder_of
+from memplan.train.build import Built, _prepare, check_head, decoder_of
 from memplan.train.group import Group
+from memplan.train.meta_model import as_transformers, auto_class, meta_model
 from memplan.train.offload import Mover
 from memplan.train.parallel import Step, is_sharded, shard
-from memplan.train.tokens import first_line
 
 META = torch.device("meta")
 
@@ -140,24 +140,12 @@ def _cut_to_shards(job: Job, built: Built, group: Group) -> Step | None:
 
 def _base(job: Job, config: dict[str, Any]) -> Any:
     from transformers import initialization
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise UnknownModel(
-            f"the installed transformers knows no model type `{model_type}`",
-            hint="pip install --upgrade transformers",
-        )
+    resolved = as_transformers(config)
     refuse_quantized(config, job.model)
-    resolved = CONFIG_MAPPING[model_type].from_dict(config)
     _check_class(job, config, resolved)
-    try:
-        with META, initialization.no_init_weights(), _flash_attention_allowed():
-            model = auto_class(config).from_config(
-                resolved, dtype=getattr(torch, job.dtype), attn_implementation=job.attention
-            )
-    except (ValueError, ImportError) as error:
-        raise ModelError(f"transformers cannot build `{job.model}`: {first_line(error)}") from error
+    with initialization.no_init_weights(), _flash_attention_allowed():
+        model = meta_model(job.model, config, resolved, dtype=job.dtype, attention=job.attention)
     model.tie_weights()
     return model
 

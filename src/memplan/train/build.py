@@ -18,8 +18,8 @@ from torch import nn
 
 from memplan.errors import ModelError, RunError, UnknownModel
 from memplan.job.spec import Job
-from memplan.model.config import is_masked_lm
 from memplan.train.adapters import add_adapters, draw_adapters, fill_token_rows, without_bitsandbytes
+from memplan.train.meta_model import as_transformers, meta_model
 from memplan.train.offload import Mover, make_mover, offload_inputs
 from memplan.train.report import say
 from memplan.train.seeds import derive_seed as derive_seed
@@ -135,7 +135,8 @@ def build_model(
         token_ids: ids of the job's special tokens; None: the last ones. The config counts their rows already.
 
     Raises:
-        ModelError: the weights cannot be loaded.
+        ModelError: transformers cannot build the model, or the weights cannot be loaded.
+        UnknownModel: the installed transformers has no such model.
         RunError: a combination that this trainer cannot run.
     """
     with _quiet():
@@ -150,7 +151,7 @@ def _build(
     shard: Callable[[Built], None] | None,
     token_ids: Sequence[int] | None,
 ) -> Built:
-    model = _meta_model(job, config)
+    model = _model(job, config)
     if job.has_4bit_base:
         from memplan.train.quantize import replace_linears
 
@@ -214,13 +215,6 @@ def _masked_lm_head(job: Job, model: Any) -> nn.Module:
     return head
 
 
-def auto_class(config: dict[str, Any]) -> Any:
-    """What of transformers builds the model of a `config.json` with its language-model head."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
-    return AutoModelForMaskedLM if is_masked_lm(config) else AutoModelForCausalLM
-
-
 def decoder_of(model: Any) -> nn.Module:
     """What turns token ids into hidden states. The text parts of multimodal models keep the prefix of the whole."""
     embeddings = model.get_input_embeddings()
@@ -251,31 +245,14 @@ def check_head(built: Built, config: Any) -> None:
         )
 
 
-def _meta_model(job: Job, config: dict[str, Any]) -> Any:
+def _model(job: Job, config: dict[str, Any]) -> Any:
     """
     The model as transformers builds it, without memory. Built on the device at once, it would have a second embedding
     for a moment, before its head is tied.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"the installed transformers knows no model type `{model_type}`",
-            hint="pip install --upgrade transformers",
-        )
-    resolved = CONFIG_MAPPING[model_type].from_dict(config)
+    resolved = as_transformers(config)
     resolved._name_or_path = job.model  # what peft writes into adapter_config.json
-    try:
-        with torch.device("meta"):
-            model = auto_class(config).from_config(
-                resolved, dtype=getattr(torch, job.dtype), attn_implementation=job.attention
-            )
-    except (ValueError, ImportError) as error:
-        raise ModelError(
-            f"transformers cannot build `{job.model}`: {first_line(error)}",
-            hint="another attention may help: `--set attention=eager`",
-        ) from error
+    model = meta_model(job.model, config, resolved, dtype=job.dtype, attention=job.attention)
     model.config.use_cache = False
     return model
 

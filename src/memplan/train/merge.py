@@ -25,6 +25,7 @@ from memplan.model.catalogue import find_model
 from memplan.tape.vocabulary import num_embeddings
 from memplan.train.adapter_file import CONFIG, AdapterFile, read_adapter
 from memplan.train.grown_files import as_bytes, copy_grown, read_header, tensor_offsets, write_rows
+from memplan.train.meta_model import as_transformers
 from memplan.train.output_folder import CHECKPOINTS, FINAL, JOB_FILE, read_job
 from memplan.train.report import resume_command
 from memplan.train.stream import INDEX, Target, find_files, find_targets
@@ -66,6 +67,7 @@ def merge(
     Raises:
         RunError: there is no such adapter, it is none that can be merged, or the output cannot be written.
         ModelError: the weights of the base are not there, or have other layers.
+        UnknownModel: the installed transformers has no such model.
     """
     _check_output(output)
     folder, job = _find_adapter(source)
@@ -297,7 +299,6 @@ class Edit:
 
 def _meta_model(name: str) -> Any:
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = resolve_config(name).config
     if config.get("quantization_config"):
@@ -305,13 +306,8 @@ def _meta_model(name: str) -> Any:
             f"the weights of `{name}` are quantised, and adapters are added to whole numbers of 16 or 32 bits",
             hint="name the model in full precision with `--base`",
         )
-    if config.get("model_type") not in CONFIG_MAPPING:
-        raise ModelError(
-            f"the installed transformers knows no model type `{config.get('model_type')}`",
-            hint="pip install --upgrade transformers",
-        )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+        return AutoModelForCausalLM.from_config(as_transformers(config))
 
 
 def _check_disk(files: list[Path], output: Path) -> None:

@@ -1,0 +1,59 @@
+"""A transformers model without memory, from its `config.json`: what is trained, traced, or merged into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from memplan.errors import ModelError, UnknownModel
+from memplan.model.config import is_masked_lm
+from memplan.train.tokens import first_line
+
+
+def auto_class(config: dict[str, Any]) -> Any:
+    """What of transformers builds the model of a `config.json` with its language-model head."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if is_masked_lm(config) else AutoModelForCausalLM
+
+
+def as_transformers(config: dict[str, Any]) -> Any:
+    """
+    A `config.json` as an object of its class in transformers.
+
+    Raises:
+        UnknownModel: the installed transformers has none.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UnknownModel(
+            f"the installed transformers knows no model type `{model_type}`",
+            hint="pip install --upgrade transformers",
+        )
+    return CONFIG_MAPPING[model_type].from_dict(config)
+
+
+def meta_model(name: str, config: dict[str, Any], resolved: Any, *, dtype: str, attention: str) -> Any:
+    """
+    The model with its language-model head on meta tensors.
+
+    Args:
+        name: what errors call it.
+        resolved: `as_transformers(config)`.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(
+                resolved, dtype=getattr(torch, dtype), attn_implementation=attention
+            )
+    except (ValueError, ImportError) as error:
+        raise ModelError(
+            f"transformers cannot build `{name}`: {first_line(error)}",
+            hint="another attention may help: `--set attention=eager`",
+        ) from error
