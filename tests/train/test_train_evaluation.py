@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tiny_runs import GPT2, losses, prepared, tiny_job  # noqa: E402
+from tiny_runs import GPT2, losses, prepared, stops_in, tiny_job  # noqa: E402
 
 from memplan.budget.estimate import estimate  # noqa: E402
 from memplan.job.spec import Job  # noqa: E402
@@ -25,11 +25,6 @@ from memplan.train.record import PhasePeak, Record, read_metrics_lines  # noqa: 
 from memplan.train.worker import run_job  # noqa: E402
 
 pytestmark = pytest.mark.torch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _job(root: Path, **changes: Any) -> Job:
@@ -118,11 +113,7 @@ def test_an_interrupted_run_goes_on_counting(tmp_path: Path, monkeypatch: pytest
     )
     folder = prepared(job)
 
-    def fail(phase: str, step: int) -> None:
-        if (phase, step) == ("backward", 3):
-            raise RuntimeError("pulled the plug")
-
-    assert run_job(folder, hook=fail) == 70
+    assert run_job(folder, hook=stops_in("backward", 3)) == 70
     assert run_job(folder, resume=True) == 0
     assert [1, 2, 3, 4] == list(losses(folder))
 

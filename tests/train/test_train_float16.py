@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tiny_runs import LLAMA, losses, prepared, tiny_job  # noqa: E402
+from tiny_runs import LLAMA, losses, prepared, stops_in, tiny_job  # noqa: E402
 
 from memplan.errors import RunError  # noqa: E402
 from memplan.job.spec import Job, Lora, Train  # noqa: E402
@@ -113,11 +113,7 @@ def test_a_run_keeps_to_its_plan_and_resumes_exactly(tmp_path: Path) -> None:
     assert run_job(whole) == 0
     resumed = prepared(job.replace(**{"train.output_dir": str(tmp_path / "resumed")}))
 
-    def stop_in_step_4(phase: str, step: int) -> None:
-        if (phase, step) == ("backward", 4):
-            raise RuntimeError("pulled the plug")
-
-    assert run_job(resumed, hook=stop_in_step_4) == 70
+    assert run_job(resumed, hook=stops_in("backward", 4)) == 70
     state = json.loads((resumed / "checkpoints" / "step-2" / FILE).read_text())
     assert (state["scale"], state["_growth_tracker"]) == (65536.0, 2)
     assert run_job(resumed, resume=True) == 0

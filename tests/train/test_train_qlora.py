@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-from tiny_runs import GPT2, LLAMA, losses, prepared, tiny_job  # noqa: E402
+from tiny_runs import GPT2, LLAMA, losses, prepared, stops_in, tiny_job  # noqa: E402
 
 from memplan.errors import RunError  # noqa: E402
 from memplan.job.load import load_job  # noqa: E402
@@ -146,11 +146,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert run_job(whole) == 0
     resumed = prepared(job.replace(**{"train.output_dir": str(tmp_path / "resumed")}))
 
-    def stop_in_step_4(phase: str, step: int) -> None:
-        if (phase, step) == ("backward", 4):
-            raise RuntimeError("pulled the plug")
-
-    assert run_job(resumed, hook=stop_in_step_4) == 70
+    assert run_job(resumed, hook=stops_in("backward", 4)) == 70
     assert run_job(resumed, resume=True) == 0
     assert losses(whole) == losses(resumed)
     adapter = json.loads((whole / "final" / "adapter_config.json").read_text())

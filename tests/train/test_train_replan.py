@@ -23,11 +23,6 @@ from memplan.train.worker import run_job  # noqa: E402
 pytestmark = pytest.mark.torch
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def _launch_here(
     monkeypatch: pytest.MonkeyPatch, job: Job, root: Path, fails_at: int
 ) -> tuple[int, list[bool]]:

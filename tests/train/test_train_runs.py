@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tiny_runs import GPT2, losses, prepared, tiny_job  # noqa: E402
+from tiny_runs import GPT2, losses, prepared, stops_in, tiny_job  # noqa: E402
 
 from memplan.job.load import LoadedJob  # noqa: E402
 from memplan.train import launch  # noqa: E402
@@ -20,11 +20,6 @@ from memplan.train.record import Record, read_metrics_lines  # noqa: E402
 from memplan.train.worker import run_job  # noqa: E402
 
 pytestmark = pytest.mark.torch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -99,11 +94,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     other = job.replace(**{"train.output_dir": str(tmp_path / "resumed")})
     resumed = prepared(other)
 
-    def stop_in_step_4(phase: str, step: int) -> None:
-        if (phase, step) == ("optimizer_step", 4):
-            raise RuntimeError("pulled the plug")
-
-    assert run_job(resumed, hook=stop_in_step_4) == 70
+    assert run_job(resumed, hook=stops_in("optimizer_step", 4)) == 70
     assert list(losses(resumed)) == [1, 2, 3]
     assert run_job(resumed, resume=True) == 0
     assert _load_ratio(resumed) == pytest.approx(1, rel=0.01)

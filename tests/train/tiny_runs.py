@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def prepared(job: Job) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_job(folder / JOB_FILE, job)
     return folder
+
+
+def stops_in(phase: str, step: int) -> Callable[[str, int], None]:
+    """A hook of `run_job` that ends the run there."""
+
+    def stop(reached: str, number: int) -> None:
+        if (reached, number) == (phase, step):
+            raise RuntimeError("pulled the plug")
+
+    return stop
 
 
 def losses(folder: Path) -> dict[int, float]:

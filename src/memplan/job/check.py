@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from memplan.job.fields import job_fields
 from memplan.job.problems import listed
 from memplan.job.spec import Job
 from memplan.units import parse_bytes
+
+T = TypeVar("T")
 
 _UNSUPPORTED_DEGREES = {
     "tp": "tensor parallelism",
@@ -158,6 +160,11 @@ def _check_offload(job: Job) -> Iterator[Conflict]:
         )
 
 
+def _repeated(items: Sequence[T]) -> T | None:
+    """The first item that is listed more than once."""
+    return next((item for item in items if items.count(item) > 1), None)
+
+
 def _check_npt_layers(job: Job) -> Iterator[Conflict]:
     layers = job.npt.layers
     if isinstance(layers, str):
@@ -167,8 +174,7 @@ def _check_npt_layers(job: Job) -> Iterator[Conflict]:
         reason = "is an empty list"
     elif min(layers) < 0:
         reason = f"holds {min(layers)}, but blocks count from 0"
-    elif len(set(layers)) < len(layers):
-        repeated = next(layer for layer in layers if layers.count(layer) > 1)
+    elif (repeated := _repeated(layers)) is not None:
         reason = f"names block {repeated} twice"
     if reason:
         hint = "list the blocks to convert once each, e.g. `npt: {layers: [16, 17]}`, or `upper_half`"
@@ -232,8 +238,7 @@ def _check_lora(job: Job) -> Iterator[Conflict]:
     reason = None
     if not modules:
         reason = "is an empty list"
-    elif len(set(modules)) < len(modules):
-        repeated = next(module for module in modules if modules.count(module) > 1)
+    elif (repeated := _repeated(modules)) is not None:
         reason = f"names `{repeated}` twice"
     if reason:
         hint = "name the linear layers, e.g. `lora: {target_modules: [q_proj, v_proj]}`, or `all-linear`"
@@ -242,8 +247,8 @@ def _check_lora(job: Job) -> Iterator[Conflict]:
 
 def _check_special_tokens(job: Job) -> Iterator[Conflict]:
     tokens = job.data.special_tokens
-    if len(set(tokens)) < len(tokens):
-        repeated = next(token for token in tokens if tokens.count(token) > 1)
+    repeated = _repeated(tokens)
+    if repeated is not None:
         yield Conflict(
             ("data.special_tokens",),
             f"`data.special_tokens` names `{repeated}` twice",
