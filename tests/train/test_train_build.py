@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 
 from tiny_runs import GPT2, LLAMA  # noqa: E402
 
-from memplan.errors import JobError, ModelError, RunError  # noqa: E402
+from memplan.errors import JobError, RunError, UnknownModel  # noqa: E402
 from memplan.job.spec import Job, Lora, Npt, Train  # noqa: E402
 from memplan.model import architecture_from_config  # noqa: E402
 from memplan.tape.writer import write_tape  # noqa: E402
@@ -283,7 +283,7 @@ def test_chunks_need_a_plain_head() -> None:
 
 def test_unknown_names_are_explained() -> None:
     """A model type that transformers does not know."""
-    with pytest.raises(ModelError, match="no model type `nope`"):
+    with pytest.raises(UnknownModel, match="no model type `nope`"):
         _build(_job(), {"model_type": "nope"})
 
 
