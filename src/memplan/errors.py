@@ -14,10 +14,12 @@ Every error that a person sees, in one tree.
   + MemoryBudgetError  a run that does not fit was to be stopped                  exit code 1
 
 A message is one sentence that says what is wrong, with the value and the limit. `hint` says what to do about
-it: a command or a field to change. Only the command line prints them.
+it: a command or a field to change. Only the command line and the trainer's worker print them.
 """
 
 from __future__ import annotations
+
+import sys
 
 
 class MemplanError(Exception):
@@ -81,3 +83,10 @@ class MemoryBudgetError(MemplanError):
     """A run does not fit the memory at hand, and was to be stopped for that before its first step."""
 
     exit_code = 1
+
+
+def report_error(message: str, hint: str | None = None) -> None:
+    """`error: ...` on stderr, then after an empty line `hint: ...`."""
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"\nhint: {hint}", file=sys.stderr)

@@ -5,8 +5,8 @@ all of it. The needs are of the right size for the jobs that the tests use, and 
 
 from __future__ import annotations
 
-from memplan.budget.result import Capacity
 from memplan.errors import JobError
+from memplan.gpu.capacity import Capacity
 from memplan.job.spec import DTYPE_BYTES, Job, Lora
 from memplan.model.architecture import Architecture
 from memplan.units import GiB, MiB

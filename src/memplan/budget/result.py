@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from memplan.gpu.capacity import Capacity
 from memplan.job.spec import Job
 
 SCHEMA_VERSION = 1
@@ -78,19 +79,6 @@ class ErrorBand:
 
     low_bytes: int
     high_bytes: int
-    source: str
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """
-    A card. `usable_bytes` is what one process can get: total less driver reserve and less what others hold.
-    """
-
-    gpu: str
-    total_bytes: int
-    usable_bytes: int
-    used_by_others_bytes: int
     source: str
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, report_error
 
 INTERNAL_ERROR = 70
 """EX_SOFTWARE of sysexits.h: a fault of ours, none of the documented answers."""
@@ -47,13 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "report it with the output of the same command under `MEMPLAN_DEBUG=1`",
         )
         return INTERNAL_ERROR
-
-
-def report_error(message: str, hint: str | None = None) -> None:
-    """`error: ...` on stderr, then after an empty line `hint: ...`."""
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"\nhint: {hint}", file=sys.stderr)
 
 
 def silence_stdout() -> None:

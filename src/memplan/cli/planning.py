@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.budget.estimate import estimate_written
-from memplan.budget.result import Capacity, Result
+from memplan.budget.result import Result
 from memplan.errors import MemplanError, NoSuchAttention, UnknownModel
+from memplan.gpu.capacity import Capacity
 from memplan.model import resolve_config, resolve_model
 from memplan.model.architecture import Architecture
 from memplan.tape.tape import WrittenTape

@@ -42,9 +42,9 @@ def train(
 
     Without a GPU it trains on the CPU, and says so. Needs `pip install "memplan[train]"`.
     """
-    from memplan.cli.main import report_error
     from memplan.cli.output import note, write_report
     from memplan.cli.planning import job_path, job_words, plan, read_job
+    from memplan.errors import report_error
     from memplan.preflight.run import run_preflight
     from memplan.render.report import Report
     from memplan.train.launch import launch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from memplan.budget.result import Capacity
 from memplan.errors import JobError
 from memplan.fit.search import Estimate, Evaluate
+from memplan.gpu.capacity import Capacity
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 

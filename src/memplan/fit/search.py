@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
-from memplan.budget.result import Capacity, Change
+from memplan.budget.result import Change
 from memplan.errors import MemplanError
 from memplan.fit.changes import candidate_edits
 from memplan.fit.lattice import Box, Dimension, State, changed, cheapest, edits_of
+from memplan.gpu.capacity import Capacity
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memplan.budget.result import Capacity
 from memplan.errors import GpuError, NoLiveGpu
 from memplan.gpu.catalogue import GpuProfile, find_gpu, list_gpus
 from memplan.units import MiB, format_bytes, parse_bytes
@@ -21,6 +21,19 @@ _LIVE = re.compile(r"live(?::(\d+))?", re.IGNORECASE)
 _KNOWN = ("verified", "torch-only")
 """Confidence of the cards that may stand for a size."""
 _UUID_PREFIXES = ("GPU-", "MIG-")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """
+    A card. `usable_bytes` is what one process can get: total less driver reserve and less what others hold.
+    """
+
+    gpu: str
+    total_bytes: int
+    usable_bytes: int
+    used_by_others_bytes: int
+    source: str
 
 
 def resolve_capacity(text: str, probe: Probe | None = None) -> Capacity:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memplan.budget.estimate import estimate_written
-from memplan.budget.result import Capacity, Result
+from memplan.budget.result import Result
 from memplan.errors import JobError, ModelError, TraceError, UnknownModel
+from memplan.gpu.capacity import Capacity
 from memplan.hf.batch import Batch, full_batch, largest_batch
 from memplan.hf.reading import Reading, read_arguments, read_environment, read_model, read_trainer
 from memplan.job.spec import AllocatorSettings, Job

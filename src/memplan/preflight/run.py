@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from memplan.budget.result import Capacity, Result, Verdict
+from memplan.budget.result import Result, Verdict
 from memplan.errors import NoLiveGpu
+from memplan.gpu.capacity import Capacity
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 from memplan.preflight.disk import DiskCheck, check_disk

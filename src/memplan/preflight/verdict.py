@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from memplan.budget.result import Capacity, Result, Verdict
+from memplan.budget.result import Result, Verdict
 from memplan.errors import JobError
+from memplan.gpu.capacity import Capacity
 from memplan.units import format_bytes, parse_bytes
 
 

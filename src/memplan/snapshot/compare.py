@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from memplan.budget.result import Capacity, PhaseLine, Result, Verdict
+from memplan.budget.result import PhaseLine, Result, Verdict
+from memplan.gpu.capacity import Capacity
 from memplan.job.fields import field_value, job_fields
 from memplan.job.spec import AllocatorSettings
 from memplan.snapshot.diff import TapeDiff, diff_tapes

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from memplan.budget.estimate import assemble, measure, measure_live
-from memplan.budget.result import Capacity, ParameterCount, Result
+from memplan.budget.result import ParameterCount, Result
 from memplan.errors import GpuError, TraceError
+from memplan.gpu.capacity import Capacity
 from memplan.gpu.catalogue import GpuProfile, find_gpu
 from memplan.gpu.context import context_bytes
 from memplan.job.spec import AllocatorSettings, Job

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from memplan.budget.result import Capacity, Change, Result
+from memplan.budget.result import Change, Result
 from memplan.errors import MemplanError
+from memplan.gpu.capacity import Capacity
 from memplan.job.spec import Job
 from memplan.model import Architecture
 from memplan.train.output_folder import different_fields

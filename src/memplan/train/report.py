@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from memplan.budget.result import Capacity, PhaseLine, Result
+from memplan.budget.result import PhaseLine, Result
+from memplan.gpu.capacity import Capacity
 from memplan.render.words import CATEGORY_NAMES
 from memplan.train.growth import GrowthWatch
 from memplan.train.history import EvaluationHistory

@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 
 from memplan.budget.result import Change
-from memplan.cli.main import report_error
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, report_error
 from memplan.store import fingerprint, remember_run, store_path
 from memplan.train import report
 from memplan.train.advice import free_capacity, retry_command, smallest_change
