@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformer_tape import transformer_tape
 
 from memplan.allocator import (
@@ -22,6 +24,9 @@ from memplan.units import MiB
 
 CLASSIC = AllocatorSettings(expandable_segments=False)
 EXPANDABLE = AllocatorSettings(expandable_segments=True)
+SIZES = st.sampled_from(
+    [MiB // 3, MiB // 2, MiB, 3 * MiB, 9 * MiB, 12 * MiB, 17 * MiB, 24 * MiB, 33 * MiB, 50 * MiB]
+)
 SETTINGS = {
     "classic": CLASSIC,
     "expandable": EXPANDABLE,
@@ -120,38 +125,27 @@ def test_the_two_effort_limits_cost_accuracy_but_never_the_guarantee(settings, m
         replay(tape.events, tape.sizes, tape.streams, settings, limit_bytes=capacity)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("tape", TAPES)
-def test_going_on_from_a_known_state_is_the_same_as_a_run_from_the_start(tape, settings, monkeypatch):
-    """For every limit that the search tries: the same end, or the same failure in the same state."""
-    tape, settings = TAPES[tape], SETTINGS[settings]
-    tried = []
-    run = need._Search._run
-
-    def checked(self, limit):
-        allocator, failure = run(self, limit)
-        other = CachingAllocator(settings, limit_bytes=limit)
-        try:
-            other.run(tape.events, other.all_block_bytes(tape.sizes), tape.streams)
-            assert failure is None
-        except AllocatorOutOfMemory as error:
-            assert vars(error) == vars(failure)
-        assert other.segments() == allocator.segments()
-        for name in ("most_reserved_bytes", "least_refused_bytes", "num_retries"):
-            assert getattr(other, name) == getattr(allocator, name)
-        tried.append(limit)
-        return allocator, failure
-
-    monkeypatch.setattr(need._Search, "_run", checked)
-    smallest(tape, settings)
-    assert len(tried) == len(set(tried)) > 0
+def steps_of(requests: list[tuple[int, int]], quarters: list[int]) -> Tape:
+    """
+    Steps of (bytes, requests until it is freed), each with so many quarters of the bytes; those of 0 are kept from
+    the second step on.
+    """
+    events: list[int] = []
+    sizes = [0]
+    for step, factor in enumerate(quarters):
+        ends: dict[int, list[int]] = {}
+        for index, (num_bytes, life) in enumerate(requests):
+            if life or step == 1:
+                events.append(len(sizes))
+                if life:
+                    ends.setdefault(min(index + life, len(requests)) - 1, []).append(-len(sizes))
+                sizes.append(-(-num_bytes * factor // 4))
+            events += ends.get(index, [])
+    return Tape(events, sizes, [])
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("tape", TAPES)
-def test_the_search_costs_a_few_replays_at_most(tape, settings, monkeypatch):
-    """Counted in events that allocators follow: the unlimited replay and at most two more."""
-    tape = TAPES[tape]
+def num_followed(monkeypatch, tape: Tape, settings: AllocatorSettings) -> int:
+    """Events that allocators follow in a search."""
     followed = 0
     run = CachingAllocator.run
 
@@ -164,9 +158,110 @@ def test_the_search_costs_a_few_replays_at_most(tape, settings, monkeypatch):
 
         run(self, counted(), sizes, streams)
 
-    monkeypatch.setattr(CachingAllocator, "run", counting)
-    smallest(tape, SETTINGS[settings])
-    assert len(tape.events) <= followed <= 3 * len(tape.events)
+    with monkeypatch.context() as patch:
+        patch.setattr(CachingAllocator, "run", counting)
+        smallest(tape, settings)
+    return followed
+
+
+def check_run(
+    tape: Tape,
+    settings: AllocatorSettings,
+    limit: int,
+    allocator: CachingAllocator,
+    failure: AllocatorOutOfMemory | None,
+) -> None:
+    """The end of a search's run under a limit is that of a run from the start."""
+    other = CachingAllocator(settings, limit_bytes=limit)
+    try:
+        other.run(tape.events, other.all_block_bytes(tape.sizes), tape.streams)
+        assert failure is None
+    except AllocatorOutOfMemory as error:
+        assert vars(error) == vars(failure)
+    assert other.segments() == allocator.segments()
+    for name in ("most_reserved_bytes", "least_refused_bytes", "num_retries"):
+        assert getattr(other, name) == getattr(allocator, name)
+
+
+def check_runs(monkeypatch, tape: Tape, settings: AllocatorSettings) -> int:
+    """Each limit that the search tries against a run from the start; how often a run met the state of another."""
+    tried = []
+    meetings = 0
+    run, is_in_state_of = need._Search._run, CachingAllocator.is_in_state_of
+
+    def checked(self, limit):
+        end = run(self, limit)
+        check_run(tape, settings, limit, *end)
+        tried.append(limit)
+        return end
+
+    def counted(self, other):
+        nonlocal meetings
+        meets = is_in_state_of(self, other)
+        assert meets == (self.segments() == other.segments())
+        meetings += meets
+        return meets
+
+    with monkeypatch.context() as patch:
+        patch.setattr(need._Search, "_run", checked)
+        patch.setattr(CachingAllocator, "is_in_state_of", counted)
+        smallest(tape, settings)
+    assert len(tried) == len(set(tried)) > 0
+    return meetings
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("tape", TAPES)
+def test_going_on_from_a_known_state_is_the_same_as_a_run_from_the_start(tape, settings, monkeypatch):
+    """For every limit that the search tries: the same end, or the same failure in the same state."""
+    monkeypatch.setattr(need, "_MIN_EVENTS_BETWEEN_MEETINGS", 100)
+    check_runs(monkeypatch, TAPES[tape], SETTINGS[settings])
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_runs_that_come_to_one_state_go_on_once(settings, monkeypatch):
+    """Fewer events are followed than runs are long; at meetings too far apart, as many."""
+    tape = TAPES["sharded"]
+    monkeypatch.setattr(need, "_MIN_EVENTS_BETWEEN_MEETINGS", 100)
+    assert check_runs(monkeypatch, tape, SETTINGS[settings]) > 0
+    meeting = num_followed(monkeypatch, tape, SETTINGS[settings])
+    monkeypatch.setattr(need, "_MIN_EVENTS_BETWEEN_MEETINGS", len(tape.events))
+    assert check_runs(monkeypatch, tape, SETTINGS[settings]) == 0
+    assert meeting < num_followed(monkeypatch, tape, SETTINGS[settings])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(SETTINGS)),
+    st.lists(st.tuples(SIZES, st.integers(0, 5)) | st.just((MiB, 0)), min_size=12, max_size=30),
+    st.lists(st.integers(1, 4), min_size=4, max_size=6),
+    st.integers(1, 7),
+)
+def test_runs_of_any_steps_go_on_from_known_states_as_from_the_start(name, requests, quarters, spacing):
+    """
+    Steps of nothing in particular: each request lives until some others were made, or for good (0). Under every limit
+    from where none completes to where all do.
+    """
+    tape = steps_of(requests, quarters)
+    allocator = CachingAllocator(SETTINGS[name])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(need, "_MIN_EVENTS_BETWEEN_MEETINGS", spacing)
+        patch.setattr(need, "_MAX_MEETINGS", len(tape.events))
+        patch.setattr(need, "_MIN_EVENTS_BETWEEN_CHECKPOINTS", spacing)
+        search = need._Search(allocator, tape.events, tape.sizes, tape.streams)
+        search.observe(allocator)
+        allocator.run(tape.events, search.block_sizes, tape.streams)
+        for limit in range(search.lowest, allocator.peak_reserved_bytes + 2 * MiB, 2 * MiB):
+            if limit >= search.lowest:
+                check_run(tape, SETTINGS[name], limit, *search._run(limit))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("tape", TAPES)
+def test_the_search_costs_a_few_replays_at_most(tape, settings, monkeypatch):
+    """Counted in events that allocators follow: the unlimited replay and at most two more."""
+    tape = TAPES[tape]
+    assert len(tape.events) <= num_followed(monkeypatch, tape, SETTINGS[settings]) <= 3 * len(tape.events)
 
 
 def test_below_the_need_of_a_training_tape_the_replay_fails():

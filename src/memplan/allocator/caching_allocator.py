@@ -245,6 +245,36 @@ class CachingAllocator(Cache):
         row = self._live[storage]
         return self.blocks.address[row], self.blocks.size[row]
 
+    def is_in_state_of(self, other: CachingAllocator) -> bool:
+        """
+        Whether segments and blocks lie as in another allocator of the same settings that ran the same tape: from here
+        on the two act alike. What was counted on the way is not compared. Where garbage is collected, ages are part of
+        the state: False.
+        """
+        # Cached blocks differ first and are compared in one go.
+        return (
+            not self.collects
+            and self._next_address == other._next_address
+            and [pool.keys for pool in self.pools] == [pool.keys for pool in other.pools]
+            and [*self._live] == [*other._live]
+            and self._layout() == other._layout()
+        )
+
+    def _layout(self) -> list[list[int]]:
+        """Address, bytes and the neighbour before it (0: none) of every block, in an order that the state defines."""
+        rows = [*self._live.values()]
+        for pool in self.pools:
+            rows += pool.rows
+            rows += pool.unmapped
+        address, size = self.blocks.address, self.blocks.size
+        before = map(self.blocks.previous.__getitem__, rows)
+        columns = (
+            map(address.__getitem__, rows),
+            map(size.__getitem__, rows),
+            map(address.__getitem__, before),
+        )
+        return [*map(list, columns)]
+
     def clone(self) -> CachingAllocator:
         """An allocator in the same state that shares nothing with this one, and that nobody watches."""
         twin = CachingAllocator(
