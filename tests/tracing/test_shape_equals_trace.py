@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from memplan.job.spec import Job
 from memplan.model.catalogue import find_model
-from tracing.comparison import Comparison, compare
+from tracing.comparison import Comparison, compare, installed_transformers
 from tracing.tiny import CONFIGS, job
 
 CKPT, LOSS, HEADS = "activation_checkpointing", "gradient_accumulation_steps", "lora__target_modules"
@@ -97,6 +97,8 @@ UNORDERED = ("gemma3", "olmo3")
 """transformers makes their rotary tables in the order of a set, which is another in every process."""
 ONLY_BFLOAT16 = ("mixtral",)
 """torch.grouped_mm on meta tensors takes nothing else."""
+MASKED_BEFORE_5_18 = ("mixtral",)
+"""Until then transformers masks rows of experts also where none are on other ranks (integrations/moe.py)."""
 
 REAL = [
     ("llama-3.1-8b", {"method": "lora", CKPT: "full", "max_seq_len": 1024}),
@@ -118,10 +120,19 @@ def assert_equal(both: Comparison, *, ordered: bool = True) -> None:
     assert both.memory(both.shape) == both.memory(both.trace)
 
 
+def assert_planned(model: str, both: Comparison) -> None:
+    """Event by event; where the installed transformers does more than the programs know, within 0.05 % of its peak."""
+    if model in MASKED_BEFORE_5_18 and installed_transformers() < (5, 18):
+        shape, trace = both.peaks()
+        assert shape == pytest.approx(trace, rel=0.0005)
+    else:
+        assert_equal(both, ordered=model not in UNORDERED)
+
+
 @pytest.mark.parametrize(("model", "fields"), GRID, ids=str)
 def test_every_event_is_that_of_the_trace(model: str, fields: dict[str, Any]) -> None:
     """Every choice of the grid that `jobs` draws from, at least once."""
-    assert_equal(compare(job(**fields), CONFIGS[model]), ordered=model not in UNORDERED)
+    assert_planned(model, compare(job(**fields), CONFIGS[model]))
 
 
 @pytest.mark.parametrize(("model", "fields"), NEARLY, ids=str)
@@ -210,4 +221,4 @@ def jobs(draw: st.DrawFn) -> tuple[str, Job]:
 @given(jobs())
 def test_any_job_is_planned_as_it_is_traced(drawn: tuple[str, Job]) -> None:
     model, drawn_job = drawn
-    assert_equal(compare(drawn_job, CONFIGS[model]), ordered=model not in UNORDERED)
+    assert_planned(model, compare(drawn_job, CONFIGS[model]))

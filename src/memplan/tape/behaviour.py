@@ -68,6 +68,11 @@ class Behaviour:
     """Batches are padded, so that sdpa is given a mask."""
     check_packing: bool = True
     """Positions are looked at for packed documents: transformers from 4.54 on (masking_utils.py)."""
+    rotary_product: bool = False
+    """
+    The angles of the rotary tables are a batched product of frequencies and positions, which takes cuBLAS's workspace:
+    transformers before 5.19 (modeling_llama.py, LlamaRotaryEmbedding.forward); since then they are multiplied.
+    """
     compute_capability: tuple[int, int] = AMPERE
     """Of the card, which decides what sdpa's kernels take; that of an A100 where none is known."""
     torch: tuple[int, ...] = TORCH
@@ -166,6 +171,7 @@ class Behaviour:
             and (job.attention == "sdpa" or family == "mistral"),
             padding_mask=padded,
             check_packing=transformers >= (4, 54),
+            rotary_product=transformers < (5, 19),
             loads_on_device=Behaviour.for_job(job).loads_on_device and not old_trainer,
             liger_before_0_5=transformers < (4, 49),
             **flags,

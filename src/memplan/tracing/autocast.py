@@ -9,6 +9,7 @@ use them. `checkpoint` enters autocast again for a recomputation, with a cache o
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -241,5 +242,39 @@ def emulated(*, casts: bool, device_types: tuple[str, ...] = ("cuda", "meta")) -
     for owner, name in _WIDEST if casts else ():
         changes.append((owner, name, _promoting(state, getattr(owner, name))))
 
-    with replaced(changes):
+    with replaced(changes), _regions_of_transformers():
         yield
+
+
+def _maybe_autocast(
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    enabled: bool = True,
+    cache_enabled: bool | None = None,
+) -> Any:
+    """transformers' maybe_autocast (utils/generic.py) as it is on a device; on meta tensors its own does nothing."""
+    from contextlib import nullcontext
+
+    import torch
+
+    if torch.is_autocast_enabled(device_type) or enabled:
+        return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+    return nullcontext()
+
+
+@contextlib.contextmanager
+def _regions_of_transformers() -> Iterator[None]:
+    """
+    transformers' function does what `_maybe_autocast` does. Its models have imported it by name, so its code is
+    replaced; where nothing has imported transformers, there is none.
+    """
+    function = getattr(sys.modules.get("transformers.utils.generic"), "maybe_autocast", None)
+    if function is None:
+        yield
+        return
+    code = function.__code__
+    function.__code__ = _maybe_autocast.__code__
+    try:
+        yield
+    finally:
+        function.__code__ = code

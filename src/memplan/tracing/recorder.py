@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.tracing.host import HostMemory
 from memplan.tracing.places import Place, Places
+from memplan.tracing.replaced import replaced
 from memplan.tracing.scratch import SCRATCH
 from memplan.tracing.shadow import Shadows
 from memplan.tracing.specs import outputs
@@ -306,10 +307,9 @@ class Recorder(TorchDispatchMode):
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     self.name(_local(parameter.grad), "gradients", f"{name} grad")
-                state = (
-                    {} if optimizer is None or id(parameter) in seen else optimizer.state.get(parameter, {})
-                )
-                for key, value in state.items():
+                if optimizer is None or id(parameter) in seen:
+                    continue
+                for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, torch.Tensor):
                         self.name(_local(value), "optimizer", f"{name} {key}")
                         seen.add(id(parameter))
@@ -320,19 +320,20 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def active(self) -> Iterator[Recorder]:
-        """Record, also what resizes storages in place, as FSDP does to free and to allocate."""
-        original = torch.UntypedStorage.resize_
+        """Record, also what no operation is dispatched for: `torch.tensor`, and storages that FSDP resizes in place."""
+        original, make = torch.UntypedStorage.resize_, torch.tensor
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
             self._resize(storage, int(size))
             return original(storage, size)
 
-        torch.UntypedStorage.resize_ = resize
-        try:
-            with self.places.followed(), self:
-                yield self
-        finally:
-            torch.UntypedStorage.resize_ = original
+        def tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self._see(made := make(*args, **kwargs), self._locate(()).category, "tensor")
+            return made
+
+        changes = [(torch.UntypedStorage, "resize_", resize), (torch, "tensor", tensor)]
+        with replaced(changes), self.places.followed(), self:
+            yield self
 
     def _resize(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
         key = storage._cdata
@@ -459,10 +460,8 @@ class Recorder(TorchDispatchMode):
 
 
 def _is_pure(schema: Any) -> bool:
-    returns_fresh = all(
-        result.alias_info is None and str(result.type) == "Tensor" for result in schema.returns
-    )
-    return bool(schema.returns) and returns_fresh and not schema.is_mutable
+    fresh = all(result.alias_info is None and str(result.type) == "Tensor" for result in schema.returns)
+    return bool(schema.returns) and fresh and not schema.is_mutable
 
 
 def _is_list_of_tensors(args: tuple[Any, ...]) -> bool:

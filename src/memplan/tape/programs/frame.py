@@ -55,7 +55,7 @@ def run_decoder(
         position_ids = positions(g, ids.shape[1], settings)
         masks = _masks(g, model, ids, dtype, settings, always_masked)
         held = [dropout(g, inputs_embeds, architecture.embedding_dropout)]
-        tables = _tables(g, model, position_ids, table_dtype or dtype)
+        tables = _tables(g, model, position_ids, table_dtype or dtype, settings)
         given = {
             kind: Given(masks[kind], tables[kind], position_ids) for kind in architecture.attention_kinds
         }
@@ -91,10 +91,17 @@ def _masks(
     return masks
 
 
-def _tables(g: Graph, model: Model, position_ids: Tensor, dtype: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _tables(
+    g: Graph, model: Model, position_ids: Tensor, dtype: str, settings: Settings
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Cosines and sines by kind of block."""
     architecture = model.architecture
     kinds, size = architecture.attention_kinds, architecture.rotary_dim or architecture.head_dim
+
+    def table() -> tuple[Tensor, Tensor]:
+        by_product = settings.behaviour.rotary_product
+        return rotary_table(g, position_ids.shape, size, dtype, by_product=by_product)
+
     if architecture.family in TABLES_BY_KIND:
-        return {kind: rotary_table(g, position_ids.shape, size, dtype) for kind in kinds}
-    return dict.fromkeys(kinds, rotary_table(g, position_ids.shape, size, dtype))
+        return {kind: table() for kind in kinds}
+    return dict.fromkeys(kinds, table())

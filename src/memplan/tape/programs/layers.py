@@ -62,20 +62,28 @@ def biased_block_norm(g: Graph, block: Block, x: Tensor, name: str) -> Tensor:
 
 
 @called("rotary_emb")
-def rotary_table(g: Graph, shape: tuple[int, ...], size: int, dtype: str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions (1 or B, S), made in float32: (1 or B, 1, S, size)."""
+def rotary_table(
+    g: Graph, shape: tuple[int, ...], size: int, dtype: str, *, by_product: bool = False
+) -> tuple[Tensor, Tensor]:
+    """
+    Cosines and sines of positions (1 or B, S), made in float32: (1 or B, 1, S, size). `by_product`: as
+    `Behaviour.rotary_product` says, with the positions held to the end.
+    """
     rows, length = shape
     with g.module("rotary_emb"):
-        position = g.new((rows, length, 1), "float32", "positions")
+        position: Tensor | None = g.new((rows, length, 1), "float32", "positions")
+        if by_product:
+            g.claim_workspace()
         freqs = g.new((rows, length, size // 2), "float32", "frequencies")
-        del position
+        if not by_product:
+            position = None
         emb = g.new((rows, length, size), "float32", "angles")
         cos = g.new(emb.shape, "float32", "cos")
         cos = g.new(emb.shape, "float32", "cos")
         sin = g.new(emb.shape, "float32", "sin")
         sin = g.new(emb.shape, "float32", "sin")
         low_cos, low_sin = cast(g, cos, dtype), cast(g, sin, dtype)
-        del freqs, emb, cos, sin
+        del position, freqs, emb, cos, sin
     shape = (rows, 1, length, size)
     return alias(low_cos, shape), alias(low_sin, shape)
 

@@ -1,0 +1,58 @@
+"""What the trace and the programs do about differences between versions of torch and transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.utils.generic import maybe_autocast
+
+from memplan.model import architecture_from_config
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.writer import write_tape
+from memplan.tracing.autocast import emulated
+from memplan.tracing.recorder import Recorder
+from tracing.tiny import CONFIGS, job
+
+WORKSPACE = "cuBLAS workspace (forward)"
+
+
+def test_a_region_of_transformers_without_autocast_is_one_on_meta_tensors() -> None:
+    """By itself transformers does nothing about meta tensors; models of 5.13 make their rotary tables in such one."""
+    square = torch.empty(2, 2, device="meta")
+    code = maybe_autocast.__code__
+    with emulated(casts=True), torch.autocast("cuda", torch.bfloat16):
+        assert (square @ square).dtype == torch.bfloat16
+        with maybe_autocast("meta", enabled=False):
+            assert (square @ square).dtype == torch.float32
+        assert (square @ square).dtype == torch.bfloat16
+    assert maybe_autocast.__code__ is code
+
+
+def test_what_torch_tensor_makes_is_recorded() -> None:
+    make = torch.tensor
+    recorder = Recorder()
+    with recorder.active():
+        scalar = torch.tensor(0.0, device="meta", dtype=torch.bfloat16)
+        torch.tensor([1.0])  # on the CPU: not of the device
+        del scalar
+    assert recorder.sizes[1:] == [2]
+    assert recorder.events == [1, -1]
+    assert torch.tensor is make
+
+
+@pytest.mark.parametrize(
+    ("transformers", "by_product"), [("4.45.2", True), ("5.18.0", True), ("5.19.0", False)]
+)
+def test_rotary_tables_take_the_workspace_where_they_are_a_product(
+    transformers: str, by_product: bool
+) -> None:
+    """Before 5.19 the first product of the process is theirs, else that of the first block."""
+    question, architecture = job(), architecture_from_config(CONFIGS["llama"], name="tiny", source="test")
+    behaviour = Behaviour.for_software(question, {"transformers": transformers}, family="llama")
+
+    written = write_tape(question, architecture, behaviour=behaviour)
+
+    tape = written.flatten()
+    places = [written.describe(event).where for event in tape.events if event > 0]
+    place = next(place for place in places if place.endswith(WORKSPACE))
+    assert place.startswith("model.rotary_emb" if by_product else "model.layers.0"), place
