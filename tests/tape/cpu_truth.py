@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from installed import installed_behaviour
 from memplan.job.spec import Job
 from memplan.model.config import architecture_from_config
 from memplan.tape.writer import write_tape
@@ -68,7 +69,8 @@ def profiled_step(job: Job, config: dict) -> list[int]:
 def planned_step(job: Job, config: dict) -> list[int]:
     """The same of the planner's tape for the CPU."""
     architecture = architecture_from_config(config, name="tiny", source="test")
-    tape = write_tape(job, architecture, device="cpu").flatten()
+    behaviour = installed_behaviour(job)
+    tape = write_tape(job, architecture, device="cpu", behaviour=behaviour).flatten()
     start = next(mark.event for mark in tape.marks if mark.step == 2)
     signed = [
         tape.sizes[event] if event > 0 else -tape.sizes[-event]

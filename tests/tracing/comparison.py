@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
+from installed import installed_behaviour
 from memplan.allocator import replay_with_need
 from memplan.job.spec import Job
 from memplan.model import architecture_from_config
-from memplan.tape.behaviour import Behaviour
 from memplan.tape.tape import WrittenTape
 from memplan.tape.writer import write_tape
 from memplan.tracing.writer import trace_job
@@ -96,18 +95,6 @@ class Comparison:
                 where = written.describe(abs(event)).where
                 named.append((num_bytes if event > 0 else -num_bytes, where))
         return named
-
-
-def installed_transformers() -> tuple[int, int]:
-    """(major, minor)"""
-    major, minor = version("transformers").split(".")[:2]
-    return int(major), int(minor)
-
-
-def installed_behaviour(job: Job) -> Behaviour:
-    """What the shape writer plans for by itself is the newest transformers; the trace has the installed one."""
-    named = Behaviour.for_software(job, {"transformers": version("transformers")}, family="llama")
-    return replace(Behaviour.for_job(job), rotary_product=named.rotary_product)
 
 
 def compare(job: Job, config: dict[str, Any], *, device: str = "cuda") -> Comparison:

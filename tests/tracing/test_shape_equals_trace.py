@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from installed import MASKED_EXPERTS_BEFORE, installed_transformers
 from memplan.job.spec import Job
 from memplan.model.catalogue import find_model
-from tracing.comparison import Comparison, compare, installed_transformers
+from tracing.comparison import Comparison, compare
 from tracing.tiny import CONFIGS, job
 
 CKPT, LOSS, HEADS = "activation_checkpointing", "gradient_accumulation_steps", "lora__target_modules"
@@ -97,8 +98,6 @@ UNORDERED = ("gemma3", "olmo3")
 """transformers makes their rotary tables in the order of a set, which is another in every process."""
 ONLY_BFLOAT16 = ("mixtral",)
 """torch.grouped_mm on meta tensors takes nothing else."""
-MASKED_BEFORE_5_18 = ("mixtral",)
-"""Until then transformers masks rows of experts also where none are on other ranks (integrations/moe.py)."""
 
 REAL = [
     ("llama-3.1-8b", {"method": "lora", CKPT: "full", "max_seq_len": 1024}),
@@ -122,7 +121,7 @@ def assert_equal(both: Comparison, *, ordered: bool = True) -> None:
 
 def assert_planned(model: str, both: Comparison) -> None:
     """Event by event; where the installed transformers does more than the programs know, within 0.05 % of its peak."""
-    if model in MASKED_BEFORE_5_18 and installed_transformers() < (5, 18):
+    if model == "mixtral" and installed_transformers() < MASKED_EXPERTS_BEFORE:
         shape, trace = both.peaks()
         assert shape == pytest.approx(trace, rel=0.0005)
     else:

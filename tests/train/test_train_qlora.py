@@ -49,6 +49,15 @@ def _packed(built: Built) -> dict[str, PackedLinear]:
     }
 
 
+def _dtypes(built: Built) -> dict[bool, set[torch.dtype]]:
+    """Of the frozen parameters: of packed ones, and of the others."""
+    found: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    for parameter in built.model.parameters():
+        if not parameter.requires_grad:
+            found[isinstance(parameter, bitsandbytes.nn.Params4bit)].add(parameter.dtype)
+    return found
+
+
 @pytest.mark.parametrize("quantization_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_layers_hold_what_bitsandbytes_makes_of_the_weights(
@@ -60,17 +69,19 @@ def test_layers_hold_what_bitsandbytes_makes_of_the_weights(
     layers = _packed(built)
 
     assert len(layers) == 7 * LLAMA["num_hidden_layers"]
+    storage = storage_dtype(Job(model="tiny", dtype="float32"))
     for name, layer in layers.items():
         weight = plain[name].weight.detach()
         packed, state = bitsandbytes.functional.quantize_4bit(
-            weight, compress_statistics=double_quant, quant_type=quantization_type
+            weight, compress_statistics=double_quant, quant_type=quantization_type, quant_storage=storage
         )
-        assert torch.equal(layer.weight.data, packed), name
+        # As bytes: in another dtype some of them are no number, which equals nothing.
+        assert torch.equal(layer.weight.data.view(torch.uint8), packed.view(torch.uint8)), name
         whole = bitsandbytes.functional.dequantize_4bit(packed, state)
         x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
         assert torch.equal(layer(x), x @ whole.T), name
         assert layer.quant_state.nested == double_quant
-        assert layer.weight.dtype == storage_dtype(Job(model="tiny", dtype="float32"))
+        assert layer.weight.dtype == storage
 
 
 def test_what_is_not_packed() -> None:
@@ -83,10 +94,9 @@ def test_what_is_not_packed() -> None:
     some = _packed(_build(**{"quantization.skip": ("lm_head", "mlp.down_proj", "k_proj")}))
     assert {name.split(".")[-1] for name in some} == {"q_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
     built = _build(dtype="bfloat16")
-    others = {p.dtype for p in built.model.parameters() if p.dtype != torch.uint8 and not p.requires_grad}
-    assert others == {torch.bfloat16}
-    prepared_model = _build(dtype="bfloat16", **{"quantization.kbit_preparation": True}).model
-    assert {p.dtype for p in prepared_model.parameters()} == {torch.uint8, torch.float32}
+    assert _dtypes(built) == {True: {storage_dtype(Job(model="tiny"))}, False: {torch.bfloat16}}
+    built = _build(dtype="bfloat16", **{"quantization.kbit_preparation": True})
+    assert _dtypes(built) == {True: {storage_dtype(Job(model="tiny"))}, False: {torch.float32}}
 
 
 def test_evaluation_leaves_the_packed_weights_alone() -> None:

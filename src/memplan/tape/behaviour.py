@@ -68,6 +68,11 @@ class Behaviour:
     """Batches are padded, so that sdpa is given a mask."""
     check_packing: bool = True
     """Positions are looked at for packed documents: transformers from 4.54 on (masking_utils.py)."""
+    remap_positions: bool = True
+    """
+    The mask of packed documents asks for the document first, then for the order of the positions in it: transformers
+    from 5.23 on; before that, for the order in the row first (masking_utils.py, create_causal_mask).
+    """
     rotary_product: bool = False
     """
     The angles of the rotary tables are a batched product of frequencies and positions, which takes cuBLAS's workspace:
@@ -171,6 +176,7 @@ class Behaviour:
             and (job.attention == "sdpa" or family == "mistral"),
             padding_mask=padded,
             check_packing=transformers >= (4, 54),
+            remap_positions=transformers >= (5, 23),
             rotary_product=transformers < (5, 19),
             loads_on_device=Behaviour.for_job(job).loads_on_device and not old_trainer,
             liger_before_0_5=transformers < (4, 49),

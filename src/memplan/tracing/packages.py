@@ -86,7 +86,7 @@ def _flash_attention(recorder: Recorder) -> Iterator[None]:
         module.lazy_import_flash_attention("flash_attention_2")  # as transformers does when it loads a model
         for name, family in list(sys.modules.items()):
             # Of some families (Falcon, GPT-J) the module takes the function only where flash-attn is installed.
-            if name.startswith("transformers.models.") and hasattr(family, "is_flash_attn_available"):
+            if name.startswith("transformers.models.") and "is_flash_attn_available" in vars(family):
                 forward = module._flash_attention_forward
                 stack.enter_context(patch.object(family, "_flash_attention_forward", forward, create=True))
         yield

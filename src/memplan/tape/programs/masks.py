@@ -43,7 +43,7 @@ def attention_mask(
         documents = None if always else _documents(g, shape, settings)
         if settings.attention == "flash_attention_2" or (settings.attention == "sdpa" and not needed):
             return None
-        allowed = _allowed(g, shape, documents, window)
+        allowed = _allowed(g, shape, documents, window, settings)
         if settings.attention == "sdpa":
             return allowed
         zero, lowest = g.new((), dtype, "zero"), g.new((), dtype, "lowest")
@@ -74,13 +74,16 @@ def _documents(g: Graph, shape: tuple[int, ...], settings: Settings) -> Tensor |
     return None if settings.position_ids is None else documents
 
 
-def _allowed(g: Graph, shape: tuple[int, ...], documents: Tensor | None, window: int | None) -> Tensor:
+def _allowed(
+    g: Graph, shape: tuple[int, ...], documents: Tensor | None, window: int | None, settings: Settings
+) -> Tensor:
     """sdpa_mask of masking_utils.py: which keys a query sees, as bool, from indices along every dimension."""
     batch, length = shape
     rows, heads = g.new((batch,), "int64", "index of row"), g.new((1,), "int64", "index of head")
     query, key = counted(g, length), counted(g, length)
     if documents is not None:
-        allowed = _packed_mask(g, batch, length, window)
+        packed = _packed_mask if settings.behaviour.remap_positions else _packed_mask_of_rows
+        allowed = packed(g, batch, length, window)
     else:
         allowed = _causal_mask(g, 1, length, window)
     del rows, heads, query, key
@@ -111,12 +114,9 @@ def _packed_mask(g: Graph, batch: int, length: int, window: int | None) -> Tenso
     packed_sequence_compatibility_function: the same document, and before it there, as bool (B, 1, S, S) each, combined
     one after the other (transformers/masking_utils.py, and_masks).
     """
-    shape = (batch, 1, length, length)
-    indices = (batch, 1, length, 1)
+    shape, indices = (batch, 1, length, length), (batch, 1, length, 1)
     result = g.new((), "bool", "mask so far")
-    query, key = g.new(indices, "int64", "documents"), g.new(indices, "int64", "documents")
-    part = g.new(shape, "bool", "same document")
-    del query, key
+    part = _same_document(g, batch, length)
     both = g.new(shape, "bool", "mask so far")
     del part
     result = both
@@ -127,3 +127,26 @@ def _packed_mask(g: Graph, batch: int, length: int, window: int | None) -> Tenso
     mask = g.new(shape, "bool", "packed mask")
     del part, result
     return mask
+
+
+def _packed_mask_of_rows(g: Graph, batch: int, length: int, window: int | None) -> Tensor:
+    """As `Behaviour.remap_positions` says of the versions before: (1, 1, S, S), and then the same document."""
+    result = g.new((), "bool", "mask so far")
+    part = _causal_mask(g, 1, length, window)
+    both = g.new((1, 1, length, length), "bool", "mask so far")
+    del part
+    result = both
+    del both
+    part = _same_document(g, batch, length)
+    mask = g.new((batch, 1, length, length), "bool", "packed mask")
+    del part, result
+    return mask
+
+
+def _same_document(g: Graph, batch: int, length: int) -> Tensor:
+    """Bool (B, 1, S, S): packed_sequence_mask_function of masking_utils.py."""
+    indices = (batch, 1, length, 1)
+    query, key = g.new(indices, "int64", "documents"), g.new(indices, "int64", "documents")
+    part = g.new((batch, 1, length, length), "bool", "same document")
+    del query, key
+    return part
