@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from memplan.npt.modulator import Modulator
+
 torch.set_num_threads(1)
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -134,3 +136,18 @@ class LiveStorages(TorchDispatchMode):
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
             self.largest_bytes = max(self.largest_bytes, storage.nbytes())
         return out
+
+
+def defined_delta(made: Modulator, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """delta_W^T (d, f) and delta_b (f,) of one token, as the formulas define them; zeros without a bias."""
+    bias = torch.zeros(made.A.shape[1], dtype=made.A.dtype) if made.bias is None else made.bias
+    rows = torch.cat([made.A, bias[None]])
+    if made.npt.variant == "diag":
+        whole = rows @ torch.diag(made.npt.modulation_scale * torch.tanh(a @ made.A)) @ made.B
+    elif made.npt.variant == "linear":
+        whole = rows @ torch.diag(a @ made.C) @ made.B
+    else:
+        k = made.npt.components
+        parts = zip(made.C.chunk(k, 1), rows.chunk(k, 1), made.B.chunk(k, 0))
+        whole = sum(torch.outer(A @ (a @ C), (a @ C) @ B) for C, A, B in parts)
+    return whole[:-1], whole[-1]

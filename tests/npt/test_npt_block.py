@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from npt_models import FAMILIES, VARIANTS, LiveStorages, excite, gradients, tiny, token_ids  # noqa: E402
+from npt_models import FAMILIES, VARIANTS, LiveStorages, defined_delta, excite, gradients, tiny, token_ids  # noqa: E402
 
 from memplan.job.spec import Npt  # noqa: E402
 from memplan.npt import convert, set_mode  # noqa: E402
@@ -17,27 +17,12 @@ from memplan.npt import convert, set_mode  # noqa: E402
 pytestmark = pytest.mark.torch
 
 
-def explicit_delta(modulator, a):
-    """delta_W^T and delta_b of one token, by the formulas."""
-    rows = modulator.A if modulator.bias is None else torch.cat([modulator.A, modulator.bias[None]])
-    if modulator.npt.variant == "diag":
-        whole = rows @ torch.diag(modulator.npt.modulation_scale * torch.tanh(a @ modulator.A)) @ modulator.B
-    elif modulator.npt.variant == "linear":
-        whole = rows @ torch.diag(a @ modulator.C) @ modulator.B
-    else:
-        k = modulator.npt.components
-        parts = zip(modulator.C.chunk(k, 1), rows.chunk(k, 1), modulator.B.chunk(k, 0))
-        whole = sum(torch.outer(A @ (a @ C), (a @ C) @ B) for C, A, B in parts)
-    d = modulator.A.shape[0]
-    return whole[:d], whole[d:].squeeze(0) if modulator.bias is not None else 0.0
-
-
 def explicit_linear(layer, modulator, x, a):
     """A linear layer with a weight of its own for every token: W + delta_W."""
     weight = layer.weight.T if hasattr(layer, "nf") else layer.weight
     rows = []
     for token_x, token_a in zip(x.flatten(0, 1), a.flatten(0, 1)):
-        delta_weight, delta_bias = explicit_delta(modulator, token_a)
+        delta_weight, delta_bias = defined_delta(modulator, token_a)
         row = torch.nn.functional.linear(token_x, weight + delta_weight.T, layer.bias)
         rows.append(row + delta_bias)
     return torch.stack(rows).view(*x.shape[:2], -1)

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from npt_models import VARIANTS, LiveStorages  # noqa: E402
+from npt_models import VARIANTS, LiveStorages, defined_delta  # noqa: E402
 
 from memplan.job.spec import Npt  # noqa: E402
 from memplan.npt.layers import modulator_shapes  # noqa: E402
@@ -42,21 +42,6 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 def delta(made: Modulator, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return made.low_rank(x, made.encode(a)) @ made.B
-
-
-def defined_delta(made: Modulator, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """delta_W^T (d, f) and delta_b (f,) of one token, as the formulas define them; zeros without a bias."""
-    bias = torch.zeros(made.A.shape[1], dtype=torch.float64) if made.bias is None else made.bias
-    rows = torch.cat([made.A, bias[None]])
-    if made.npt.variant == "diag":
-        whole = rows @ torch.diag(0.5 * torch.tanh(a @ made.A)) @ made.B
-    elif made.npt.variant == "linear":
-        whole = rows @ torch.diag(a @ made.C) @ made.B
-    else:
-        k = made.npt.components
-        parts = zip(made.C.chunk(k, 1), rows.chunk(k, 1), made.B.chunk(k, 0))
-        whole = sum(torch.outer(A @ (a @ C), (a @ C) @ B) for C, A, B in parts)
-    return whole[:-1], whole[-1]
 
 
 @every_variant

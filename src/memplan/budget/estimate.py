@@ -14,7 +14,7 @@ from memplan.budget.count import count_parameters
 from memplan.budget.host import host_memory
 from memplan.budget.notes import architecture_notes, attention_notes, zero_notes
 from memplan.budget.outside import non_torch_bytes
-from memplan.budget.result import Host, ParameterCount, Peak, PhaseLine, Result, TensorLine
+from memplan.budget.result import Host, ParameterCount, Peak, PhaseLine, Result, TensorLine, highest_by
 from memplan.job.spec import AllocatorSettings, Job
 from memplan.model.architecture import Architecture
 from memplan.tape.behaviour import Behaviour
@@ -128,7 +128,8 @@ def assemble(
         peak=_peak(measured, worst, outside_bytes, tape, written),
         error_band=None,
         budget=phases[worst].budget,
-        phases=_merge(phases),
+        # Accumulation repeats forward and backward.
+        phases=tuple(highest_by(phases, lambda line: (line.phase, line.step)).values()),
         top=_top(states[worst], written),
         host=None,
         parameters=None,
@@ -230,16 +231,6 @@ def _peak(measured: Measured, worst: int, outside: int, tape: Tape, written: Wri
         step=phase.step,
         where=written.describe(abs(event)).where,
     )
-
-
-def _merge(phases: tuple[PhaseLine, ...]) -> tuple[PhaseLine, ...]:
-    """One line per phase and step: accumulation repeats forward and backward."""
-    merged: dict[tuple[str, int], PhaseLine] = {}
-    for line in phases:
-        known = merged.get((line.phase, line.step))
-        if known is None or line.allocated_peak_bytes > known.allocated_peak_bytes:
-            merged[line.phase, line.step] = line
-    return tuple(merged.values())
 
 
 def _top(state: Snapshot, written: WrittenTape) -> tuple[TensorLine, ...]:

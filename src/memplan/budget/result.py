@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from memplan.gpu.capacity import Capacity
 from memplan.job.spec import Job
@@ -56,6 +57,33 @@ class PhaseLine:
     allocated_peak_bytes: int
     reserved_bytes: int
     budget: tuple[Line, ...]
+
+
+class HasPeak(Protocol):
+    """A peak of a phase of a step, planned or measured."""
+
+    @property
+    def phase(self) -> str: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def allocated_peak_bytes(self) -> int: ...
+
+
+P = TypeVar("P", bound=HasPeak)
+K = TypeVar("K", bound=Hashable)
+
+
+def highest_by(peaks: Iterable[P], key: Callable[[P], K]) -> dict[K, P]:
+    """The highest of the peaks that have a key in common, in order of first appearance."""
+    highest: dict[K, P] = {}
+    for peak in peaks:
+        known = highest.get(key(peak))
+        if known is None or peak.allocated_peak_bytes > known.allocated_peak_bytes:
+            highest[key(peak)] = peak
+    return highest
 
 
 @dataclass(frozen=True)

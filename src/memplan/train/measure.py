@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from memplan.budget.result import highest_by
 from memplan.train.gloo import settled_collectives
 from memplan.train.parallel import local_part
 from memplan.train.record import PhasePeak
@@ -282,17 +283,8 @@ def replay(events: Iterable[Event], *, model_bytes: int = 0) -> list[PhasePeak]:
         peak = unseen + blocks.num_bytes
     if current is not None:
         peaks.append(PhasePeak(*current, allocated_peak_bytes=peak))
-    return _merge(peaks)
-
-
-def _merge(peaks: list[PhasePeak]) -> list[PhasePeak]:
-    """One line per phase and step: accumulation repeats forward and backward."""
-    merged: dict[tuple[str, int], PhasePeak] = {}
-    for peak in peaks:
-        known = merged.get((peak.phase, peak.step))
-        if known is None or peak.allocated_peak_bytes > known.allocated_peak_bytes:
-            merged[peak.phase, peak.step] = peak
-    return list(merged.values())
+    # One line per phase and step: accumulation repeats forward and backward.
+    return list(highest_by(peaks, lambda peak: (peak.phase, peak.step)).values())
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -30,6 +30,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from memplan.budget.result import highest_by
 from memplan.errors import RunError
 
 SCHEMA_VERSION = 1
@@ -51,12 +52,7 @@ class PhasePeak:
 
 def highest_by_phase(peaks: Iterable[PhasePeak]) -> dict[str, PhasePeak]:
     """The worst step of each phase, in order of first appearance."""
-    highest: dict[str, PhasePeak] = {}
-    for peak in peaks:
-        known = highest.get(peak.phase)
-        if known is None or peak.allocated_peak_bytes > known.allocated_peak_bytes:
-            highest[peak.phase] = peak
-    return highest
+    return highest_by(peaks, lambda peak: peak.phase)
 
 
 class Record:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from memplan.budget.result import PhaseLine, Result
+from memplan.budget.result import PhaseLine, Result, highest_by
 from memplan.gpu.capacity import Capacity
 from memplan.render.words import CATEGORY_NAMES
 from memplan.train.growth import GrowthWatch
@@ -262,12 +262,7 @@ def comparison_lines(plan: Result | None, peaks: Sequence[PhasePeak]) -> list[st
 
 def highest_planned(plan: Result) -> list[PhaseLine]:
     """The worst step of each phase of a plan."""
-    highest: dict[str, PhaseLine] = {}
-    for line in plan.phases:
-        known = highest.get(line.phase)
-        if known is None or line.allocated_peak_bytes > known.allocated_peak_bytes:
-            highest[line.phase] = line
-    return list(highest.values())
+    return list(highest_by(plan.phases, lambda line: line.phase).values())
 
 
 def _compare(planned: int | None, measured: int) -> tuple[str, str, str]:
