@@ -84,10 +84,19 @@ def test_what_another_thread_frees_is_counted_until_it_is_replaced() -> None:
     assert meter.peaks()[0].allocated_peak_bytes == most * num_bytes
 
 
+@pytest.mark.parametrize("waits_for", ["work", "tensor"])
 def test_who_waits_for_a_collective_waits_for_gloos_thread(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits_for: str
 ) -> None:
-    """Until the thread sleeps, and only inside; other threads may run."""
+    """Until the thread sleeps, and only inside; other threads may run. DTensor waits for tensors."""
+    from torch.distributed import _functional_collectives
+
+    def collect() -> None:
+        if waits_for == "work":
+            torch.distributed.all_reduce(torch.ones(4))
+        else:
+            _functional_collectives.wait_tensor(torch.ones(4))
+
     states = iter(["R", "D", "S"])
 
     class Task:
@@ -112,8 +121,8 @@ def test_who_waits_for_a_collective_waits_for_gloos_thread(
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         with gloo.settled_collectives():
-            torch.distributed.all_reduce(torch.ones(4))
-        torch.distributed.all_reduce(torch.ones(4))
+            collect()
+        collect()
     finally:
         torch.distributed.destroy_process_group()
 

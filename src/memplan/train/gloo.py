@@ -28,23 +28,32 @@ is there so that nothing can hang.
 @contextmanager
 def settled_collectives() -> Iterator[None]:
     """
-    Whoever waits for a collective inside waits until gloo's threads rest, too. Linux only: elsewhere nothing changes.
+    Whoever waits for a collective inside waits until gloo's threads rest, too: FSDP and DDP for a `Work`, DTensor for a
+    tensor. Linux only: elsewhere nothing changes.
     """
-    if not dist.is_available() or not _TASKS.is_dir():
+    if not dist.is_available() or not dist.is_initialized() or not _TASKS.is_dir():
         yield
         return
-    original = dist.Work.wait
+    from torch.distributed import _functional_collectives
 
-    def wait(self: dist.Work, *arguments: Any, **named: Any) -> Any:
-        result = original(self, *arguments, **named)
+    with _settled(dist.Work, "wait"), _settled(_functional_collectives, "wait_tensor"):
+        yield
+
+
+@contextmanager
+def _settled(owner: Any, name: str) -> Iterator[None]:
+    original = getattr(owner, name)
+
+    def wait(*arguments: Any, **named: Any) -> Any:
+        result = original(*arguments, **named)
         _wait_for_threads()
         return result
 
-    dist.Work.wait = wait
+    setattr(owner, name, wait)
     try:
         yield
     finally:
-        dist.Work.wait = original
+        setattr(owner, name, original)
 
 
 def _wait_for_threads() -> None:
