@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memplan.cli.planning import plan, read_job
-from memplan.errors import MemplanError, NoSuchAttention, TraceError, UnknownModel
+from memplan.errors import JobError, MemplanError, NoSuchAttention, RunError, TraceError, UnknownModel
 from memplan.tracing.estimate import estimate_traced
 from memplan.tracing.writer import trace_job
 from tracing.tiny import CONFIGS, job
@@ -96,3 +97,92 @@ def test_a_loss_that_our_loop_does_not_take() -> None:
         trace_job(job(), config)
     assert "loop=hf_trainer" in (refusal.value.hint or "")
     assert trace_job(job(loop="hf_trainer", max_seq_len=64), config).flatten().events
+
+
+PHIMOE = {
+    "model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
+    **SIZES,
+}  # fmt: skip
+JETMOE = SIZES | {
+    "model_type": "jetmoe", "architectures": ["JetMoeForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
+    "kv_channels": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+MAMBA = {
+    "model_type": "mamba", "architectures": ["MambaForCausalLM"], "vocab_size": 1000, "hidden_size": 64,
+    "num_hidden_layers": 4, "state_size": 16,
+}  # fmt: skip
+QWEN3_NEXT = {
+    "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, **SIZES,
+}  # fmt: skip
+LORA = {"method": "lora", "max_seq_len": 64, "lora__rank": 4}
+
+
+@pytest.mark.parametrize("config", [PHIMOE, LLAMA4], ids=["phimoe", "llama4"])
+def test_routers_that_peft_cannot_adapt(config: dict[str, Any]) -> None:
+    """They are linear layers that return more than a tensor; who names other layers gets an answer."""
+    with pytest.raises(RunError, match=r"router`, a .*Router that returns more than one tensor") as refusal:
+        trace_job(job(**LORA, lora__target_modules="all-linear"), config)
+    assert refusal.value.hint is not None and "q_proj" in refusal.value.hint
+    assert "router" not in refusal.value.hint
+    names = refusal.value.hint.rpartition("=")[2].removesuffix("`")
+    assert trace_job(job(**LORA, lora__target_modules=names), config).parameters.trainable > 0
+
+
+def test_layers_that_peft_refuses_to_adapt() -> None:
+    """The hint names the others, by the names that the model had before."""
+    asked = LORA | {"attention": "eager"}
+    with pytest.raises(RunError, match="'out_proj' is incompatible with Mamba") as refusal:
+        trace_job(job(**asked, lora__target_modules="all-linear"), MAMBA)
+    assert refusal.value.hint == (
+        "name linear layers that it can adapt: `--set lora.target_modules=[dt_proj,in_proj,x_proj]`"
+    )
+
+
+def test_experts_that_split_tokens_by_their_values() -> None:
+    with pytest.raises(TraceError, match="`tiny` decides by values that only real data has") as refusal:
+        trace_job(job(max_seq_len=64), JETMOE)
+    assert "memplan record" in (refusal.value.hint or "")
+
+
+def test_active_parameters_of_traced_experts() -> None:
+    """As counted from the program where there is one; else unknown, never all."""
+    traced = estimate_traced(job(max_seq_len=64), CONFIGS["mixtral"])[1].parameters
+    assert traced is not None and traced.active is not None
+    experts = 6 * 3 * 64 * 176 * 4
+    assert traced.total - traced.active == experts // 2
+    unread = estimate_traced(job(max_seq_len=64), QWEN3_NEXT)[1].parameters
+    assert unread is not None and unread.active is None
+    dense = estimate_traced(job(max_seq_len=64), CONFIGS["llama"])[1].parameters
+    assert dense is not None and dense.active == dense.total
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "package"),
+    [(MAMBA, "eager", "mamba_ssm"), (QWEN3_NEXT, "sdpa", "flash-linear-attention")],
+    ids=["mamba", "qwen3_next"],
+)
+def test_code_in_place_of_missing_kernels_is_said(
+    config: dict[str, Any], attention: str, package: str
+) -> None:
+    """Each time, where transformers says it once, on standard error."""
+    if find_spec({"flash-linear-attention": "fla"}.get(package, package)) is not None:
+        pytest.skip("the kernels are installed")
+    for _ in range(2):
+        _, result = estimate_traced(job(max_seq_len=64, attention=attention), config)
+        said = [note for note in result.warnings if "in place of the kernels" in note]
+        assert len(said) == 1 and f"`{package}`" in said[0] and "upper figure" in said[0]
+    _, plain = estimate_traced(job(max_seq_len=64), CONFIGS["llama"])
+    assert not any("in place of the kernels" in note for note in plain.warnings)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_is_not_traced(stage: int) -> None:
+    zero = [f"parallel.strategy=ZERO_{stage}", "parallel.dp_shard=2", "model=gpt2", "max_seq_len=64"]
+    with pytest.raises(
+        JobError, match=f"`ZERO_{stage}` is DeepSpeed's, which the trace does not run"
+    ) as refusal:
+        plan(read_job(None, zero, {}), "trace")
+    assert refusal.value.exit_code == 2 and "--engine shape" in (refusal.value.hint or "")
+    assert plan(read_job(None, zero, {})).result.engine["name"] == "shape"

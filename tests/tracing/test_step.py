@@ -164,6 +164,32 @@ def test_what_the_trace_does_not_know_is_said() -> None:
     assert any("recurrent layers" in note for note in traced.result.warnings)
 
 
+def test_a_compiled_function_in_a_step_is_said() -> None:
+    """It runs as it is written; one that is there and not called is nothing to speak of."""
+    model = nn.Linear(4, 4)
+
+    @torch.compile
+    def loss_of(out: torch.Tensor) -> torch.Tensor:
+        return (out.sin() * out).sum()
+
+    def warnings(step: Any) -> list[str]:
+        return [
+            note
+            for note in memplan.trace(step, model, None, torch.ones(2, 4)).result.warnings
+            if "compile" in note
+        ]
+
+    assert len(warnings(lambda batch: loss_of(model(batch)).backward())) == 1
+    assert warnings(lambda batch: model(batch).sum().backward()) == []
+
+
+def test_experts_are_not_counted_as_active() -> None:
+    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    first = model.get_submodule("experts.0")
+    traced = memplan.trace(lambda batch: first(batch).sum().backward(), model, None, torch.ones(2, 4))
+    assert traced.result.parameters is not None and traced.result.parameters.active is None
+
+
 def test_the_answer_can_be_asked_printed_and_drawn(tmp_path: Path) -> None:
     traced = memplan.trace(*plain(), gpu="24GB")
     assert traced.fits and traced.need_bytes > traced.peak_bytes > 0

@@ -98,7 +98,8 @@ class Host:
 class ParameterCount:
     total: int
     trainable: int
-    active: int
+    active: int | None
+    """Those that one token passes through; None for a traced mixture of experts that has no program."""
 
 
 @dataclass(frozen=True)

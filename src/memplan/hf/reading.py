@@ -83,6 +83,8 @@ def read_arguments(reading: Reading, args: Any, *, device: str) -> None:
         reading.fields["parallel.dp_replicate"] = args.world_size
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
         reading.notes.append("evaluation is not planned")
+    if getattr(args, "torch_compile", False):
+        reading.notes.append("`torch_compile` is left out: traced as it runs without")
     if getattr(args, "torch_empty_cache_steps", None):
         reading.notes.append(
             "`torch_empty_cache_steps` is left out: it gives cached memory back now and then"

@@ -66,6 +66,10 @@ class MetaModel:
         stands = Counter(self.selection.representative(layer) for layer in range(self.num_layers))
         return {layer: count for layer, count in stands.items() if count > 1}
 
+    def has_experts(self) -> bool:
+        """Whether a token may be sent to a part of the weights alone."""
+        return names_experts(self.built.model)
+
     def count_added(self) -> int:
         """Trainable parameters of the whole model, from those of the blocks at hand."""
         inside = [_trainable(block) for block in self.blocks or ()]
@@ -127,6 +131,13 @@ def build_meta(
 
 def _trainable(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def names_experts(model: nn.Module) -> bool:
+    """Whether modules of a model, or their classes, are called experts; how many of them a token sees is not told."""
+    return any(
+        "expert" in f"{name} {type(module).__name__}".lower() for name, module in model.named_modules()
+    )
 
 
 def _cut_to_shards(job: Job, built: Built, group: Group) -> Step | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+from memplan.budget.count import count_parameters
 from memplan.budget.estimate import summarise
 from memplan.budget.host import host_of
 from memplan.budget.notes import attention_notes
 from memplan.budget.result import Result
 from memplan.errors import MemplanError, TraceError
 from memplan.job.spec import Job
-from memplan.model.config import class_name_of, is_supported
+from memplan.model.config import architecture_from_config, class_name_of, is_supported
 from memplan.tape.tape import WrittenTape
 
 NEEDED = ("torch", "transformers", "peft")
@@ -41,6 +43,7 @@ def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -
         )
     from importlib.metadata import version
 
+    from memplan.tracing.reference_code import note_on_reference_code
     from memplan.tracing.writer import trace_job
 
     try:
@@ -55,12 +58,17 @@ def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -
             else "`memplan record` measures a few real steps of it",
         ) from error
     engine = {"name": "trace", "device": device} | {name: version(name) for name in NEEDED}
+    parameters = traced.parameters
+    if parameters.active is None and is_supported(config):
+        architecture = architecture_from_config(config, name=job.model, source="the model's config")
+        parameters = replace(parameters, active=count_parameters(job, architecture).active)
     host = host_of(job, traced.sizes)
-    result = summarise(traced, job, engine=engine, host=host, parameters=traced.parameters)
+    result = summarise(traced, job, engine=engine, host=host, parameters=parameters)
     return traced, result.with_warnings(
         *attention_notes(job, traced.target),
         *_notes_on_class(config, traced.class_name),
         *_notes(job, traced.unknown_values),
+        *note_on_reference_code(traced.replaced_packages),
     )
 
 

@@ -26,15 +26,22 @@ from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.tape import FlatTape, Mark, Storage, Tape
 from memplan.tracing.autocast import emulated
-from memplan.tracing.build import META
+from memplan.tracing.build import META, names_experts
 from memplan.tracing.calibrate import recorder_for
 from memplan.tracing.cuda import like_device, target_of
 from memplan.tracing.places import Place, places_of
 from memplan.tracing.recorder import Recorder
+from memplan.tracing.reference_code import note_on_reference_code, reference_code
 from memplan.tracing.shadow import MAX_FLOATS, MAX_INTEGERS
 from memplan.tracing.stand_in import on_meta, quant_constants
 from memplan.tracing.step_phases import StepPhases
-from memplan.tracing.user_code import all_finite, devices_are_meta, followed_imports, torch_functions
+from memplan.tracing.user_code import (
+    all_finite,
+    compiled_calls,
+    devices_are_meta,
+    followed_imports,
+    torch_functions,
+)
 
 Step = Callable[[Any], Any]
 
@@ -128,6 +135,7 @@ def trace_run(
     parameters = _count(models)
     with ExitStack() as stack:
         stack.enter_context(_undisturbed())
+        replaced_packages = stack.enter_context(reference_code())
         functions = torch_functions()
         stack.enter_context(like_device(target))
         stack.enter_context(emulated(casts=True, device_types=(device, "meta")))
@@ -140,6 +148,7 @@ def trace_run(
                 _give_values(recorder, tensor, values)
         _load(recorder, models, optimizers)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        compiled = stack.enter_context(compiled_calls())
         stack.enter_context(devices_are_meta(device))
         stack.enter_context(recorder.active())
         run(recorder, phases)
@@ -147,7 +156,9 @@ def trace_run(
     tape = _tape(recorder, events)
     result = _result(tape, device, allocator or AllocatorSettings(), profile, parameters)
     result = result.with_warnings(
-        *_notes(recorder, target, phases, steps, is_known=profile is not None), *_notes_on(models)
+        *_notes(recorder, target, phases, steps, is_known=profile is not None),
+        *_notes_on(models, is_compiled=bool(compiled)),
+        *note_on_reference_code(replaced_packages),
     )
     if capacity is not None:
         from memplan.preflight.verdict import judge
@@ -239,7 +250,8 @@ def _count(models: dict[str, nn.Module]) -> ParameterCount:
     }.values()
     total = sum(parameter.numel() for parameter in parameters)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return ParameterCount(total=total, trainable=trainable, active=total)
+    has_experts = any(names_experts(model) for model in models.values())
+    return ParameterCount(total=total, trainable=trainable, active=None if has_experts else total)
 
 
 def _named_models(model: Any) -> dict[str, nn.Module]:
@@ -355,10 +367,10 @@ def _capacity(gpu: str | None) -> tuple[Capacity | None, GpuProfile | None]:
     return resolve_capacity(gpu), profile
 
 
-def _notes_on(models: dict[str, nn.Module]) -> list[str]:
+def _notes_on(models: dict[str, nn.Module], *, is_compiled: bool) -> list[str]:
     modules = [module for model in models.values() for module in model.modules()]
     notes = []
-    if any(hasattr(module, "_orig_mod") for module in modules):
+    if is_compiled or any(hasattr(module, "_orig_mod") for module in modules):
         notes.append("torch.compile: traced as it runs without, which takes more as a rule")
     if any(isinstance(module, nn.RNNBase) for module in modules):
         notes.append(

@@ -53,6 +53,23 @@ _WITHOUT_A_DRIVER = [(torch.cuda, name, _nothing) for name in ("synchronize", "e
 """What waits or tidies up, which a step on meta tensors has no need of; a torch without CUDA would raise."""
 
 
+@contextmanager
+def compiled_calls() -> Iterator[list[None]]:
+    """Calls of what `torch.compile` made, a function in the step too, which here run as they are written."""
+    from torch._dynamo import eval_frame
+
+    calls: list[None] = []
+    choose = eval_frame._callback_from_stance
+
+    def chosen(callback: Any) -> Any:
+        if callable(callback):  # None and False are of what is not to be compiled
+            calls.append(None)
+        return choose(callback)
+
+    with replaced([(eval_frame, "_callback_from_stance", chosen)]):
+        yield calls
+
+
 def torch_functions() -> dict[int, tuple[Any, Any, str]]:
     """Functions of torch and torch.nn.functional as they are now, by id: (function, owner, name)."""
     return {

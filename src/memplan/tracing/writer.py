@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from memplan.budget.host import HostSizes
 from memplan.budget.result import ParameterCount
-from memplan.errors import JobError, MemplanError
+from memplan.errors import JobError, MemplanError, TraceError
 from memplan.job.spec import Job
 from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
@@ -28,11 +29,13 @@ from memplan.tracing.load import load
 from memplan.tracing.loops import run_loop
 from memplan.tracing.optimizers import bitsandbytes_on_meta, own_quantization_maps
 from memplan.tracing.packages import stand_ins
+from memplan.tracing.reference_code import reference_code
 from memplan.tracing.sharded import finish_reductions, is_distributed, rank_zero
 from memplan.train.group import Group
 from memplan.train.offload import PlainMover
 from memplan.train.parallel import Parallel, is_sharded
 from memplan.train.refusals import TORCH_OPTIMIZERS
+from memplan.train.tokens import first_line
 
 NUM_STEPS = 2
 """Optimizer states appear in the first step; from the second on every step is the same."""
@@ -52,6 +55,8 @@ class Traced:
     """The class of transformers that was traced."""
     unknown_values: int
     """How often the model's code looked at a value that is not known; it was told 1."""
+    replaced_packages: frozenset[str]
+    """Packages in place of whose kernels transformers ran code of its own."""
 
     def flatten(self) -> Tape:
         return self.expansion.flatten()
@@ -102,7 +107,8 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
     target = target_of(behaviour, device)
     on_gpu = device == "cuda"
     recorder = recorder_for(behaviour, device)
-    with _quiet(), ExitStack() as stack:
+    import_module("transformers.utils.logging")  # gives loggers what `reference_code` listens to
+    with _quiet(), reference_code() as replaced_packages, ExitStack() as stack:
         group = stack.enter_context(rank_zero(recorder, job)) if is_distributed(job) else Group(device=META)
         meta = build_meta(job, config, group, mover=HostMover() if on_gpu else PlainMover(), whole=whole)
         stack.enter_context(stand_ins(recorder, job))
@@ -122,18 +128,28 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
         stack.enter_context(recorder.active())
         parallel = Parallel(job, meta.built, group, root=meta.root)
         finish_reductions(parallel)
-        held = run_loop(job, meta.built, parallel, recorder, num_steps)
+        try:
+            held = run_loop(job, meta.built, parallel, recorder, num_steps)
+        except Exception as error:
+            if whole and recorder.unknown_values and not isinstance(error, MemplanError):
+                raise TraceError(
+                    f"`{job.model}` decides by values that only real data has, such as how many tokens an expert gets: "
+                    f"{first_line(error)}",
+                    hint="`memplan record` measures a few real steps of it",
+                ) from error
+            raise
     events = recorder.events[:]  # what is freed from here on, when the model goes, is not part of the tape
     del held
     trainable = meta.count_added()
     total = meta.num_parameters + (0 if job.method == "full" else trainable)
     return Traced(
         Expansion(recorder, events, recorder.marks, meta.selection),
-        ParameterCount(total=total, trainable=trainable, active=total),
+        ParameterCount(total=total, trainable=trainable, active=None if meta.has_experts() else total),
         meta.sizes(trainable),
         target,
         meta.class_name,
         recorder.unknown_values,
+        frozenset(replaced_packages),
     )
 
 

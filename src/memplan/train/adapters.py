@@ -6,7 +6,7 @@ tokens in the embeddings and in a head of its own weight.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,21 +68,62 @@ def add_adapters(model: Any, job: Job, token_ids: Sequence[int] | None = None) -
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         trainable_token_indices=_trained_rows(model, job, token_ids),
     )
+    paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=lora.dtype == "float32")
     except ValueError as error:
-        paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not any(targets_layer(job, path) for path in paths):
             raise nothing_targeted(job, paths) from error
         raise RunError(
             f"the adapters do not fit the model: {first_line(error)}",
-            hint="name linear layers of the model, or `all-linear`",
+            hint=_others(path for path in paths if path.rpartition(".")[2] not in str(error)),
         ) from error
+    _refuse_several_outputs(adapted)
     dtype = getattr(torch, lora.dtype)
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     return adapted
+
+
+def _others(paths: Iterable[str]) -> str:
+    """What to set instead: the linear layers at `paths`, by the last part of their names."""
+    names = sorted({path.rpartition(".")[2] for path in paths} - {"lm_head"})
+    return f"name linear layers that it can adapt: `--set lora.target_modules=[{','.join(names)}]`"
+
+
+def _refuse_several_outputs(adapted: nn.Module) -> None:
+    """
+    Refuse routers that are linear layers and return more than a tensor, which peft adapts as if they did not.
+
+    Raises:
+        RunError: with the layers that can be named instead.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: layer for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)}
+    several = {name for name, layer in layers.items() if _returns_several(layer.get_base_layer())}
+    if several:
+        first = min(several)
+        kind = type(layers[first].get_base_layer()).__name__
+        raise RunError(
+            f"the adapters do not fit the model: peft adapts `{first.removeprefix('base_model.model.')}`, a {kind} "
+            "that returns more than one tensor, and cannot run it",
+            hint=_others(layers.keys() - several),
+        )
+
+
+def _returns_several(layer: nn.Module) -> bool:
+    """Of a model's own kind of linear layer on meta tensors, seen from what it gives for one row."""
+    if not isinstance(layer, nn.Linear) or not type(layer).__module__.startswith("transformers.models."):
+        return False
+    if type(layer).forward is nn.Linear.forward or layer.weight.device.type != "meta":
+        return False
+    try:
+        with torch.no_grad():
+            return isinstance(layer(layer.weight.new_empty(1, layer.in_features)), tuple)
+    except Exception:  # who runs it says why it does not
+        return False
 
 
 def _trained_rows(model: Any, job: Job, token_ids: Sequence[int] | None) -> dict[str, list[int]] | None:
