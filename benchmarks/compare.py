@@ -156,15 +156,19 @@ class Run:
 
     def _device_bytes(self) -> int:
         """What the driver shows: at a card's capacity the allocator gives its cache back instead of growing."""
+        limit, replayed = self.limit_bytes, self.replay
+        if limit is not None and replayed.peak_reserved_bytes > limit:
+            with suppress(AllocatorOutOfMemory):
+                replayed = self._through_the_allocator(limit_bytes=limit)
+        return replayed.peak_reserved_bytes + non_torch_bytes(self.case.job)[0]
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """What the card has for torch's allocator; None where it is not known."""
         job = self.case.job
-        outside = non_torch_bytes(job)[0]
         profile = None if job.gpu is None else match_gpu(job.gpu)
         capacity = None if profile is None else profile.torch_total_bytes or profile.memory_bytes
-        replayed = self.replay
-        if capacity is not None and replayed.peak_reserved_bytes + outside > capacity:
-            with suppress(AllocatorOutOfMemory):
-                replayed = self._through_the_allocator(limit_bytes=capacity - outside)
-        return replayed.peak_reserved_bytes + outside
+        return None if capacity is None else capacity - non_torch_bytes(job)[0]
 
     def _through_the_allocator(self, limit_bytes: int | None = None) -> Replay:
         tape = self.tape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,19 @@ class Measurement:
     """`allocated`, `reserved`, `device` (what the driver shows), or a longer name of what it is."""
     bytes: int
     published: str
+
+    @property
+    def rounding_bytes(self) -> float:
+        """
+        Half a unit of the last digit that the source prints: no closer is the figure known.
+
+        >>> Measurement("reserved", 5594194903, "5.21 GiB").rounding_bytes / 2**30
+        0.005
+        """
+        number = re.search(r"\d+(?:\.(\d+))?", self.published)
+        assert number is not None
+        unit = round(self.bytes / float(number[0]))
+        return unit * 0.5 * 10.0 ** -len(number[1] or "")
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,8 @@ class Case:
     """`from_pretrained` was given a `device_map`."""
     products_before: bool = False
     """The process multiplied matrices before it loaded the model."""
+    added_tokens: int = 0
+    """Rows that the embeddings and the head were given for tokens that the tokenizer lacked."""
     config: Mapping[str, Any] | None = None
     """The model's `config.json` where it is not one of the catalogue."""
 
@@ -91,6 +107,9 @@ class Case:
             resolved = resolve_config(self.job.model, offline=True)
             config, source = resolved.config, resolved.source
         architecture = architecture_from_config(dict(config), name=self.model, source=source)
+        if self.added_tokens:
+            rows = architecture.vocab_size + self.added_tokens
+            architecture = dataclasses.replace(architecture, vocab_size=rows, is_resized=True)
         return architecture, str(config["model_type"])
 
     @property
@@ -112,8 +131,9 @@ class Case:
             fsdp1=behaviour.fsdp1 or self.fsdp1,
             loads_on_device=behaviour.loads_on_device or self.loads_on_device,
             products_before=self.products_before,
-            # DynamicCache is of transformers; torchtune, litgpt and the like train without one.
+            # Both are of transformers; torchtune, litgpt and the like train without a cache, and index nothing.
             use_cache=behaviour.use_cache and self.model_code == "transformers",
+            slices_hidden=behaviour.slices_hidden and self.model_code == "transformers",
         )
 
     @property

@@ -199,22 +199,37 @@ def standing_section(rows: Sequence[Row]) -> str:
     """Complete cases of sources of high trust, beside what this project asks of itself."""
     lines = []
     for statistic in ("allocated", "reserved"):
-        errors = [
-            row.error
+        found = [
+            row
             for row in rows
             if row.case.trust == "high" and not row.case.completeness and row.measured.statistic == statistic
         ]
-        if errors:
-            summary = summarize(errors)
-            below = sum(error < 0 for error in errors) / len(errors)
-            shares = (f"{below:.0%}", f"{summary.too_low / len(errors):.0%}")
+        if found:
+            summary = summarize([row.error for row in found])
+            below = sum(row.error < 0 for row in found)
+            counts = (below, sum(_is_below_rounding(row) for row in found), summary.too_low)
+            shares = [f"{count / len(found):.0%}" for count in counts]
             figures = (f"{summary.median:.2%}", f"{summary.worst:+.2%}", *shares)
             lines.append([statistic, str(summary.count), *figures])
-    header = ("statistic", "rows", "median", "worst", "below", "too low")
+    header = ("statistic", "rows", "median", "worst", "below", "below beyond rounding", "too low")
     return (
         "## Complete cases of high trust\n\nAsked for: a median of at most 1 %, a worst of at most 8 %, and reserved "
-        f"memory predicted below the measurement in at most 5 % of the rows.\n\n{_table(header, lines, 5)}"
+        "memory predicted below the measurement in at most 5 % of the rows. Below at all, below by more than the last "
+        "digit that the source prints, and below by more than 0.5 %:\n\n"
+        f"{_table(header, lines, 6)}\n{_STANDING_NOTE}"
     )
+
+
+_STANDING_NOTE = (
+    "Reserved memory that is below beyond rounding is below by one segment of the small pool, 2 MiB, in three runs "
+    "(one of them twice, shape and trace). Two hold small tensors that the plan lacks, 1.0 and 2.6 MiB of them by "
+    "their allocated peaks; which was not found.\n"
+)
+"""Held by a test."""
+
+
+def _is_below_rounding(row: Row) -> bool:
+    return row.measured.bytes - row.predicted_bytes > row.measured.rounding_bytes
 
 
 def _ablations(ablations: Sequence[Ablation]) -> str:

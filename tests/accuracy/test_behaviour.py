@@ -42,6 +42,13 @@ def test_the_loss_and_checkpointing_of_a_version(version: str, shift: int, in_fo
     )
 
 
+def test_hidden_states_are_sliced_for_the_head_since_4_45():
+    """`hidden_states[:, -num_logits_to_keep:, :]`"""
+    assert [False, True, True] == [
+        behaviour(version).slices_hidden for version in ("4.44.2", "4.45.2", "5.8")
+    ]
+
+
 def test_key_heads_that_the_caller_repeats():
     """Mistral's flash attention until 4.47; sdpa for every family until 4.53."""
     sdpa = TRAINER.replace(attention="sdpa")

@@ -21,14 +21,16 @@ from benchmarks.compare import (
     compare,
     compare_need,
 )
-from benchmarks.published import FILE, Case, load_published
+from benchmarks.published import FILE, Case, Measurement, load_published
 from benchmarks.recorded import load_recorded
 from benchmarks.summary import Summary, summarize
 from benchmarks.traced import load_traced_rows
 
+from memplan.allocator import replay
 from memplan.budget.estimate import estimate
 from memplan.tape.behaviour import Behaviour
-from memplan.units import GiB
+from memplan.tape.writer import write_tape
+from memplan.units import GiB, MiB
 
 ROOT = Path(__file__).parent.parent.parent
 CASES = load_published()
@@ -118,6 +120,29 @@ def test_reserved_peaks_of_complete_cases(rows: list[Row]):
     assert summary.median < 0.01
     assert abs(summary.worst) < 0.08
     assert 0 == summary.too_low
+
+
+def test_reserved_peaks_below_the_measurement_lack_one_small_segment(rows: list[Row]):
+    """Of complete cases of high trust: beyond rounding, one segment of 2 MiB in three runs."""
+    below = [
+        row
+        for row in rows
+        if row.case.trust == "high" and not row.case.completeness and row.measured.statistic == "reserved"
+        if row.measured.bytes - row.predicted_bytes > row.measured.rounding_bytes
+    ]
+
+    assert 4 == len(below)
+    assert 3 == len({row.case.id for row in below})
+    for row in below:
+        lacking = row.measured.bytes - row.predicted_bytes
+        assert lacking == pytest.approx(2 * MiB, abs=1 + row.measured.rounding_bytes)
+
+
+def test_what_rounding_leaves_open():
+    """Half a unit of the last digit that is printed, whatever the unit."""
+    assert 0.5 == Measurement("allocated", 3042967552, "3042967552 bytes").rounding_bytes
+    assert 0.005 * GiB == pytest.approx(Measurement("reserved", 5594194903, "5.21 GiB").rounding_bytes)
+    assert 0.05 * GiB == pytest.approx(Measurement("allocated", 64424509440, "60.0").rounding_bytes)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +247,67 @@ def test_a_fact_about_the_software_is_what_makes_a_prediction_right(name: str, f
     predicted = Run(case, without).predict("allocated")
     assert predicted is not None
     assert abs(predicted / measured - 1) >= off
+
+
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [
+        ("fms-liger-llama-3.1-8b-accelerated-peft-bnb-foak-lora-g1-bs4", 0.15),
+        ("fms-liger-llama-3.1-8b-accelerated-peft-bnb-foak-lora-g4-bs8", 0.15),
+        ("fms-liger-mistral-7b-v0.1-accelerated-peft-bnb-foak-lora-g1-bs4", 0.1),
+    ],
+)
+def test_slices_of_whole_dimensions_and_added_tokens_are_what_fills_the_cache(name: str, off: float):
+    """
+    The slice of the vocabulary in `logits[..., :-1, :]` makes backward take zeros of all positions but the last, and
+    then of all: with a row for an added token these no longer fit the segment of the former. Within 3 % with both.
+    """
+    case = case_named(name)
+    measured = next(figure.bytes for figure in case.also_measured if figure.statistic == "device")
+    later_torch = dataclasses.replace(case.behaviour, torch=(2, 9))
+    unresized = dataclasses.replace(case, added_tokens=0)
+
+    def error(run: Run) -> float:
+        predicted = run.predict("device")
+        assert predicted is not None
+        return predicted / measured - 1
+
+    assert abs(error(Run(case, case.behaviour))) < 0.03
+    assert error(Run(case, later_torch)) < -off
+    if name.endswith("bs4"):
+        assert error(Run(unresized, unresized.behaviour)) < -off
+
+
+@pytest.mark.parametrize(
+    ("name", "peak", "held"),
+    [
+        ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g1-bs8", 67.5, 56.9),
+        ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g2-bs8", 65.1, 54.4),
+        ("fms-main-mistral-7b-v0.1-none-full-g1-bs8", 77.1, 70.4),
+        ("fms-main-mistral-7b-v0.1-foak-fast-kernels-full-g1-bs8", 75.3, 68.5),
+        ("fms-liger-mistral-7b-v0.1-foak-fast-kernels-full-g1-bs8", 75.3, 68.5),
+    ],
+)
+def test_what_is_held_once_the_cache_was_given_back(name: str, peak: float, held: float):
+    """The figures in the causes of misses near the card's capacity, GiB."""
+    case = case_named(name)
+    run = Run(case, case.behaviour)
+    tape = write_tape(case.job, case.architecture, behaviour=case.behaviour, num_steps=3).flatten()
+    replayed = replay(
+        tape.events,
+        tape.sizes,
+        tape.streams,
+        case.job.allocator,
+        limit_bytes=run.limit_bytes,
+        marks=tape.marks,
+    )
+    predicted = run.predict("device")
+    third = max(phase.reserved_peak_bytes for phase in replayed.phases if phase.mark.step == 3)
+
+    assert predicted is not None
+    assert 1 == replayed.num_retries
+    assert peak == pytest.approx(predicted / GiB, abs=0.06)
+    assert held == pytest.approx((predicted - replayed.peak_reserved_bytes + third) / GiB, abs=0.06)
 
 
 # -- what is written from it -------------------------------------------------------------------------------

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+from memplan.tape.backends import Target
 from memplan.tape.engine import backward
 from memplan.tape.graph import Graph
 from memplan.tape.linear import matmul
+from memplan.tape.loss import drop_last_position
 from memplan.tape.ops import add, cast, mul, unary_saving_input
 from memplan.tape.recomputation import CheckpointFrame
 from memplan.tape.tensors import Parameter, Tensor
@@ -165,3 +169,20 @@ def test_casts_to_the_same_dtype_are_free():
 
     assert x is cast(g, x, "float32")
     assert [1] == g.events
+
+
+@pytest.mark.parametrize(("torch", "zeros"), [((2, 8), [12, 16]), ((2, 9), [16])])
+def test_a_slice_of_a_whole_dimension_has_zeros_of_its_own_before_torch_2_9(
+    torch: tuple[int, ...], zeros: list[int]
+):
+    """`x[..., :-1, :].contiguous()` of (2, 4, 2): backward takes zeros of 12 elements, then of 16, else of 16 alone."""
+    g = Graph()
+    g.target = Target(torch=torch)
+    x = cast(g, parameter(g, (2, 4, 2)), "bfloat16")
+    loss = drop_last_position(g, x, "shifted")
+    before = len(g.events)
+
+    backward(g, loss)
+
+    taken = [g.sizes[event] // 2 for event in g.events[before:] if event > 0]
+    assert zeros == taken[1:-1]  # first the gradient of the loss, last that of the parameter in float32

@@ -29,6 +29,11 @@ class Behaviour:
     """The model's output lives through backward, until the next step's replaces it: a script that keeps it."""
     step_is_function: bool = False
     """A script whose step is a function: the output that it keeps goes when it returns."""
+    slices_hidden: bool = False
+    """
+    The head is given `hidden_states[:, -k:, :]`, of which k = 0 takes all: transformers since 4.45. It matters before
+    torch 2.9 (tape/views.py, whole_slices).
+    """
     hold_hidden: bool = False
     """The last hidden states live until the loss is there: locals of transformers' `forward`."""
     shift_logits: bool = False
@@ -165,6 +170,7 @@ class Behaviour:
             Behaviour.for_job(job),
             torch=_version(versions["torch"]) if "torch" in versions else TORCH,
             shift_logits=transformers < (4, 49),
+            slices_hidden=transformers >= (4, 45),
             float_logits=transformers < (4, 46),
             prefetch=job.loop == "hf_trainer" and transformers >= (4, 46),
             # peft's PeftModel and prepare_model_for_kbit_training both call it where checkpointing is on.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from memplan.tape.graph import Graph
 from memplan.tape.linear import Linear, autocast_to
-from memplan.tape.loss import shifted_labels
+from memplan.tape.loss import drop_last_position, shifted_labels
 from memplan.tape.modules import hooked
 from memplan.tape.ops import alias
 from memplan.tape.tensors import Gradients, Node, Tensor
@@ -121,7 +121,7 @@ def liger_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor, *, before
     del buffer
     loss = g.new((), "float32", "loss")
     if g.needs(hidden, weight):
-        g.record(loss, (hidden, weight), [grad_hidden, grad_weight], _liger_backward, shape)
+        g.record(loss, (hidden, weight), [grad_hidden, grad_weight], _liger_backward)
     del counted, losses, targets
     return loss
 
@@ -164,7 +164,7 @@ def _first_liger_loss(g: Graph, hidden: Tensor, head: Linear) -> Tensor:
     dtype = g.autocast or hidden.dtype
     shape = (batch, length - 1, width)
     num_tokens = shape[0] * shape[1]
-    shifted = g.new(shape, hidden.dtype, "shifted hidden states")
+    shifted = drop_last_position(g, hidden, "shifted hidden states")
     weight = autocast_to(g, weight)
     grad_weight = g.new(weight.shape, weight.dtype, "grad of head") if weight.needs_grad else None
     grad_hidden = g.new((num_tokens, width), hidden.dtype, "grad of hidden states")
@@ -187,8 +187,8 @@ def _first_liger_loss(g: Graph, hidden: Tensor, head: Linear) -> Tensor:
         del part
     loss = g.new((), "float32", "loss")
     del losses, logits, gradient
-    if g.needs(hidden, weight):
-        g.record(loss, (hidden, weight), [grad_hidden, grad_weight], _liger_backward, shape)
+    if g.needs(shifted, weight):
+        g.record(loss, (shifted, weight), [grad_hidden, grad_weight], _liger_backward)
     del shifted
     return loss
 
@@ -201,13 +201,10 @@ def _power_of_two(value: int) -> int:
 def _liger_backward(
     g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
 ) -> Gradients:
-    """The stored gradients, scaled in place; that of a shifted copy is written into zeros of the whole."""
+    """The stored gradients, scaled in place."""
     grad_hidden, grad_weight = saved
     assert grad_hidden is not None
     outputs: Gradients = [None, None if grad_weight is None else alias(grad_weight)]
-    shape, dtype = node.metadata[0]
     if node.edges[0] is not None:
-        outputs[0] = (
-            alias(grad_hidden, shape) if shape == node.extra else g.new(shape, dtype, "grad of all positions")
-        )
+        outputs[0] = alias(grad_hidden, node.metadata[0][0])
     return outputs

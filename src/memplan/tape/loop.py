@@ -24,6 +24,7 @@ from memplan.tape.programs import Settings, decoder
 from memplan.tape.programs import logits as logits_of
 from memplan.tape.sharding import whole_root
 from memplan.tape.tensors import Tensor
+from memplan.tape.views import whole_slices
 from memplan.tape.zero import ZeroOptimizer
 from memplan.tape.zero3 import Zero3Optimizer
 
@@ -231,7 +232,7 @@ class Loop:
             loss = self.on_head(hidden, lambda x: liger_loss(g, x, head, labels, before_0_5=old))
             g.leave_autocast()
             return loss
-        logits = logits_of(g, self.model, held[0])
+        logits = logits_of(g, self.model, whole_slices(g, held[0], 3 if behaviour.slices_hidden else 0))
         if not behaviour.hold_hidden:
             held.pop()
         if softcapped:

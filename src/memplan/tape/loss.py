@@ -8,6 +8,7 @@ from memplan.tape.graph import Graph
 from memplan.tape.linear import Linear, linear
 from memplan.tape.ops import alias, autocast_to_float32, cast, scale
 from memplan.tape.tensors import Gradients, Node, Tensor
+from memplan.tape.views import whole_slices
 
 CHUNK_TOKENS = 1024
 """Tokens per chunk of our chunked loss."""
@@ -77,7 +78,7 @@ def full_loss(
         labels, shifted = alias(labels, (batch * length,)), logits
     elif shift_logits:
         labels = g.new((batch * (length - 1),), "int64", "shifted labels")
-        shifted = _drop_last_position(g, logits)
+        shifted = drop_last_position(g, logits, "shifted logits")
     else:
         padded, labels = shifted_labels(g, labels)
         shifted = logits
@@ -102,14 +103,14 @@ def _unflatten(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tenso
     return [alias(gradients[0], node.extra)]
 
 
-def _drop_last_position(g: Graph, logits: Tensor) -> Tensor:
-    """`logits[..., :-1, :].contiguous()`: a copy, unless there is one sequence only."""
-    batch, length, vocabulary = logits.shape
-    shape = (batch, length - 1, vocabulary)
-    out = alias(logits, shape) if batch == 1 else g.new(shape, logits.dtype, "shifted logits")
-    if g.needs(logits):
-        g.record(out, (logits,), [], _restore_last_position, logits.shape)
-    return out
+def drop_last_position(g: Graph, x: Tensor, name: str) -> Tensor:
+    """`x[..., :-1, :].contiguous()` of (B, S, ...): a copy, unless there is one sequence only."""
+    batch, length, width = x.shape
+    shape = (batch, length - 1, width)
+    out = alias(x, shape) if batch == 1 else g.new(shape, x.dtype, name)
+    if g.needs(x):
+        g.record(out, (x,), [], _restore_last_position, x.shape)
+    return whole_slices(g, out, 1)
 
 
 def _restore_last_position(

@@ -7,6 +7,9 @@ from memplan.tape.ops import alias
 from memplan.tape.scratch import index_put_accumulate
 from memplan.tape.tensors import Gradients, Node, Shape, Tensor
 
+WHOLE_SLICES_SKIPPED = (2, 9)
+"""The first torch that does not slice where all of a dimension is asked for."""
+
 
 def split_last(g: Graph, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """`x.split(sizes, -1)`: views; backward writes their gradients into one tensor with `cat`."""
@@ -41,6 +44,27 @@ def _regrouped_backward(
     if gradient.transposed == transposed:
         return [alias(gradient, shape, transposed=False)]
     return [g.new(shape, gradient.dtype, "contiguous copy of grad")]
+
+
+def whole_slices(g: Graph, x: Tensor, count: int) -> Tensor:
+    """
+    x indexed with `count` times `:`, all of a dimension. Before torch 2.9 each is a slice of its own, for which
+    backward copies the gradient into zeros of x's size; later it is `x` itself (ATen/TensorIndexing.h, applySlice;
+    pytorch#63921).
+    """
+    if g.target.torch >= WHOLE_SLICES_SKIPPED or not g.needs(x):
+        return x
+    for _ in range(count):
+        sliced = alias(x)
+        g.record(sliced, (x,), [], _whole_slice_backward, x.shape)
+        x = sliced
+    return x
+
+
+def _whole_slice_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
+) -> Gradients:
+    return [g.new(node.extra, gradients[0].dtype, "grad of a whole slice")]
 
 
 def chosen_heads(g: Graph, x: Tensor, count: int, *, copied: bool) -> Tensor:
