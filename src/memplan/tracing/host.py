@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
-    from memplan.tracing.recorder import Recorder
+    from memplan.tracing.storages import Storages
 
 
 class HostMemory:
@@ -90,7 +90,7 @@ class HostMemory:
         optimizer.register_step_post_hook(mark(False))
 
     @contextmanager
-    def fetching(self, recorder: Recorder) -> Iterator[None]:
+    def fetching(self, recorder: Storages) -> Iterator[None]:
         """`to` and `copy_` bring tensors to the device: on meta the first would be no copy at all."""
         original = Tensor.to
 
