@@ -66,6 +66,7 @@ class TracedRun(Run):
         from memplan.tracing.writer import trace_job
 
         self.case = case
+        self.behaviour = Behaviour.for_job(case.job)
         self.tape = trace_job(case.job, config_of(case)).flatten()
         self.replay = self._through_the_allocator()
 

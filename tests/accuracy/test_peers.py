@@ -9,6 +9,8 @@ import pytest
 from benchmarks.peers.__main__ import ask
 from benchmarks.peers.errors import Tool, beside
 from benchmarks.peers.page import render
+from benchmarks.peers.questions import asked, measured, ours
+from benchmarks.published import load_published
 
 MEASURED = {"a": {"allocated": 100, "device": 200}, "b": {"allocated": 400}, "c": {"reserved": 50}}
 OURS = Tool(
@@ -96,3 +98,14 @@ def test_a_peer_that_is_not_installed_gets_that_word(tmp_path: Path) -> None:
         None,
         [{"id": "a", "word": "not installed"}],
     )
+
+
+@pytest.mark.parametrize("engine", ["shape", "shape, told the software", "trace"])
+def test_every_engine_answers_in_the_statistics_that_were_measured(engine: str) -> None:
+    if engine == "trace":
+        for package in ("torch", "transformers", "peft"):
+            pytest.importorskip(package)
+    cases = asked(load_published())
+    case = next(case for case in cases if case.method == "lora" and "allocated" in measured(case))
+    predicted = ours(case, engine)["predicted"]
+    assert predicted.keys() == measured(case).keys() and all(value > 0 for value in predicted.values())
