@@ -59,8 +59,10 @@ def _agreeing(job: Job) -> Job:
         changes["npt.objective"] = "layer"
     if job.method == "npt" and job.parallel.strategy.startswith("ZERO_"):
         changes["parallel.strategy"] = "FULL_SHARD"
+    if job.attention == "flash_attention_2" and job.dtype == "float32" and job.autocast is None:
+        changes["autocast"] = "bfloat16"
     if job.method == "npt":
-        changes["data.special_tokens"] = ()
+        changes["data.special_tokens"], changes["loop"] = (), "memplan"
     elif "lm_head" in job.lora.target_modules or "lm_head" not in job.quantization.skip:
         changes["lora.train_tokens"] = False
     return job.replace(**changes)

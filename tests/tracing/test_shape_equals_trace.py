@@ -22,6 +22,8 @@ from tracing.tiny import CONFIGS, job
 
 CKPT, LOSS, HEADS = "activation_checkpointing", "gradient_accumulation_steps", "lora__target_modules"
 
+MATERIALISED = {"method": "npt", "npt__rank": 4, "npt__form": "materialised"}
+
 GRID: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"dtype": "float32", CKPT: "selective"}),
@@ -53,6 +55,19 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"optimizer": "adafactor", "optimizer_kernel": "loop", "train__weight_decay": 0.1}),
     ("llama", {"optimizer": "adafactor", "optimizer_kernel": "loop", "method": "lora"}),
     ("gpt2", {"method": "npt", "npt__rank": 4, "loss": "chunked"}),
+    ("llama", {"method": "qlora"}),
+    ("gemma3", {"method": "qlora", CKPT: "full"}),
+    (
+        "llama",
+        {"method": "qlora", "dtype": "float32", "autocast": "bfloat16", "quantization__double_quant": False},
+    ),
+    ("llama", {"method": "qlora", "quantization__kbit_preparation": True, "loop": "script"}),
+    ("qwen2", {"method": "npt", "npt__rank": 4, "npt__quantized_base": True}),
+    (
+        "qwen2",
+        MATERIALISED | {"npt__variant": "linear", "dtype": "float32", "autocast": "bfloat16"},
+    ),
+    ("llama", {"method": "lora", "packing": True, "loop": "script"}),
     ("gemma", {"loop": "script", CKPT: "full", "attention": "eager"}),
     ("gemma2", {"method": "lora", "attention": "eager", "loss": "chunked"}),
     ("gemma3", {"method": "lora", CKPT: "selective"}),
@@ -88,8 +103,12 @@ NEARLY: list[tuple[str, dict[str, Any]]] = [
             "npt__components": 2,
         },
     ),
-    ("llama", {"method": "qlora"}),
-    ("gemma3", {"method": "qlora", CKPT: "full"}),
+    (
+        "qwen2",
+        {"method": "qlora", "dtype": "float32", "autocast": "bfloat16", "quantization__double_quant": False},
+    ),
+    ("llama", {"method": "lora", "loss": "fused", "data__special_tokens": "[<a>]"}),
+    ("llama", {"method": "qlora", "parallel__strategy": "FULL_SHARD", "parallel__dp_shard": 2}),
     ("bert", {"loop": "hf_trainer", "method": "lora", "attention": "eager"}),
 ]
 """What docs/tracing.md lists: other events, nearly the same peak."""

@@ -48,6 +48,8 @@ JOBS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2, tied", HYBRID_SHARD | MIXED | {ACCUMULATION: 4}),
     ("llama", HYBRID_SHARD | LORA | {CKPT: "full", ACCUMULATION: 2}),
     ("qwen3", HYBRID_SHARD | NPT),
+    ("llama", FULL_SHARD | NPT | {"offload__params": True, "train__max_grad_norm": 1.0}),
+    ("llama", SHARD_GRAD_OP | LORA | {"data__special_tokens": "[<a>,<b>,<c>]"}),
 ]
 
 

@@ -36,6 +36,8 @@ def check_job(job: Job) -> list[Conflict]:
         _check_degrees,
         _check_strategy,
         _check_npt_strategy,
+        _check_npt_loop,
+        _check_flash_attention,
         _check_offload,
         _check_npt_layers,
         _check_npt_objective,
@@ -147,6 +149,24 @@ def _check_npt_strategy(job: Job) -> Iterator[Conflict]:
             ("method", "parallel.strategy"),
             f"`method: npt` trains in memplan's own loop, which DeepSpeed's `{strategy}` does not run",
             "set `parallel.strategy: FULL_SHARD`, or `NO_SHARD` with `parallel.dp_replicate`",
+        )
+
+
+def _check_npt_loop(job: Job) -> Iterator[Conflict]:
+    if job.method == "npt" and job.loop != "memplan":
+        yield Conflict(
+            ("method", "loop"),
+            f"`method: npt` trains in memplan's own loop, not in `loop: {job.loop}`",
+            "leave `loop` out, or set `loop: memplan`",
+        )
+
+
+def _check_flash_attention(job: Job) -> Iterator[Conflict]:
+    if job.attention == "flash_attention_2" and job.dtype == "float32" and job.autocast is None:
+        yield Conflict(
+            ("attention", "dtype"),
+            "`attention: flash_attention_2` has no float32 kernels, and `dtype: float32` has no `autocast` here",
+            "set `autocast: bfloat16`, `dtype: bfloat16`, or `attention: sdpa`",
         )
 
 

@@ -153,12 +153,6 @@ def _precision(subject: Subject) -> Iterator[Lint]:
             "float16 gradients underflow without loss scaling",
             "prefer bfloat16 on GPUs that have it (compute capability 8.0 and above)",
         )
-    if job.attention == "flash_attention_2" and job.dtype == "float32" and job.autocast is None:
-        yield Lint(
-            "flash-float32",
-            "flash_attention_2 has no float32 kernels",
-            "set `autocast: bfloat16`, `dtype: bfloat16`, or `attention: sdpa`",
-        )
 
 
 def _attention(subject: Subject) -> Iterator[Lint]:

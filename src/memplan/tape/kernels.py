@@ -91,8 +91,7 @@ def liger_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor, *, before
     """
     if before_0_5:
         return _first_liger_loss(g, hidden, head)
-    weight = head.weight
-    assert weight is not None
+    weight = head.current_weight(g)
     shape = hidden.shape
     num_tokens, width = shape[0] * shape[1], shape[2]
     targets = shifted_labels(g, labels)[1]

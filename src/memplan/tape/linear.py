@@ -187,6 +187,7 @@ def _matmul_4bit_backward(
     g.claim_workspace()
     out = g.new(shape, dtype, "grad of input")
     del weight
+    gradients.clear()  # a function of Python's has its gradients to itself, and they go when it returns
     return [out]
 
 
@@ -294,41 +295,3 @@ def _clone(g: Graph, x: Tensor) -> Tensor:
 
 def _pass_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
     return [gradients[0]]
-
-
-def packed_sizes(num_elements: int, double_quant: bool) -> dict[str, int]:
-    """
-    Bytes that bitsandbytes keeps for a 4-bit weight of so many elements, by tensor.
-
-    Blocks of 64 share a float32 constant; double quantisation stores it in 8 bits, with a float32 constant and a
-    code table of 256 float32 per blocks of 256 (bitsandbytes/functional.py, quantize_4bit).
-
-    >>> sum(packed_sizes(4096 * 4096, True).values()) / 4096**2
-    0.5159...
-    """
-    blocks = -(-num_elements // 64)
-    sizes = {"packed weight": -(-num_elements // 2), "code": 16 * 4}
-    if double_quant:
-        sizes |= {
-            "absmax": blocks,
-            "absmax of absmax": -(-blocks // 256) * 4,
-            "code of absmax": 256 * 4,
-            "offset": 4,
-        }
-    else:
-        sizes["absmax"] = blocks * 4
-    return sizes
-
-
-def cpu_packing_scratch(num_elements: int, dtype: str, quantization_type: str) -> list[int]:
-    """
-    Bytes of what is alive at once, beside the weight, while bitsandbytes packs it on the CPU: there quantize_4bit is
-    written in torch operations (bitsandbytes/backends/default/ops.py). On CUDA it is one kernel.
-    """
-    n = num_elements
-    constants, scaled, index = -(-n // 64) * 4, n * 4, n * 4
-    float_copy = 0 if dtype == "float32" else n * 4
-    if quantization_type == "fp4":
-        # Its codes are not in order: indices are looked up, as int64, in a table.
-        return [constants, float_copy, scaled, index, n * 8, n * 8]
-    return [constants, float_copy, scaled, index, n, -(-n // 2), -(-n // 2)]

@@ -19,7 +19,8 @@ from memplan.tape.checkpoint_size import checkpoint_bytes
 from memplan.tape.ddp import Buckets
 from memplan.tape.experts import Stack, StackAdapter
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Adapter, Linear, cpu_packing_scratch, packed_sizes
+from memplan.tape.linear import Adapter, Linear
+from memplan.tape.packing import DYNAMIC_MAP_BYTES, cpu_packing_scratch, pack
 from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
 from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape
 from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
@@ -139,7 +140,6 @@ class Builder:
     def pack(self, name: str, spec: LinearSpec, layer: int | None) -> list[Tensor]:
         """Quantise on the device: the 16-bit weight is there until its packed form is."""
         g = self.g
-        held = []
         weight = None
         if not self.flat:
             weight = g.new(
@@ -154,19 +154,18 @@ class Builder:
             g.scratch(*scratch, name=f"{name} being packed")
             if self.layout.gathers:
                 self.whole[name] = [num_elements * ITEMSIZE[self.job.dtype], *scratch]
-        sizes = packed_sizes(num_elements, self.job.quantization.double_quant)
-        for part, num_bytes in sizes.items():
-            packed = part == "packed weight"
-            if packed and self.layout.gathers:
-                self.contents.parts.setdefault(layer, []).append(Part(name, (num_bytes,), "uint8", "uint8"))
-                if self.flat:
-                    self.to_wrap.append(ToWrap(layer, Part(name, (num_bytes,), "uint8", "uint8")))
-                num_bytes = -(-num_bytes // self.layout.parameters)
-                if self.layout.params_on_host or self.flat:
-                    continue
-            held.append(
-                g.new((num_bytes,), "uint8", f"{name} {part}", "weights" if packed else "quant_state")
-            )
+        packed_bytes = -(-num_elements // 2)
+        local_bytes: int | None = packed_bytes
+        if self.layout.gathers:
+            part = Part(name, (packed_bytes,), "uint8", "uint8")
+            self.contents.parts.setdefault(layer, []).append(part)
+            if self.flat:
+                self.to_wrap.append(ToWrap(layer, part))
+            on_device = not (self.layout.params_on_host or self.flat)
+            local_bytes = -(-packed_bytes // self.layout.parameters) if on_device else None
+        held = pack(
+            g, name, num_elements, double_quant=self.job.quantization.double_quant, local_bytes=local_bytes
+        )
         del weight
         return held
 
@@ -186,6 +185,10 @@ class Builder:
         outside |= self.outer(tuple(positions))
         if modules.buffers_before_blocks:
             buffers = self.buffers()
+        if job.has_4bit_base and job.quantization.double_quant:
+            g.persistent.append(
+                g.storage(DYNAMIC_MAP_BYTES, "bitsandbytes' map of constants", category="quant_state")
+            )
         blocks = [self.block(layer, layer in checkpointed) for layer in self.layers]
         g.begin("load_rest")
         *others, head_module = modules.after

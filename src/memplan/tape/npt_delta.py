@@ -131,10 +131,11 @@ def _factored(g: Graph, npt: NptModulator, x: Tensor, code: Tensor, out: Tensor,
         read = add(g, read, npt.bias, "low-rank input with bias")
     u = cast(g, _modulate(g, read, code, settings), out.dtype)
     del read
-    b = cast(g, npt.b, out.dtype)
-    saved = g.save(b, u)
-    result = g.new(out.shape, out.dtype, "with delta")
-    g.record(result, (out, u, b), saved, _addmm_backward, (u.shape, b.shape))
+    b = autocast_to(g, cast(g, npt.b, out.dtype))
+    low_u, low_out = autocast_to(g, u), autocast_to(g, out)
+    saved = g.save(b, low_u)
+    result = g.new(out.shape, low_out.dtype, "with delta")
+    g.record(result, (low_out, low_u, b), saved, _addmm_backward, (u.shape, b.shape))
     return result
 
 
@@ -180,7 +181,7 @@ def _materialised(g: Graph, npt: NptModulator, x: Tensor, code: Tensor, out: Ten
         delta = _diagonal_product(g, npt, code, dtype)
     else:
         delta = _outer_product(g, npt, code, dtype, settings)
-    applied = _apply_delta(g, x, delta, (*x.shape[:-1], width))
+    applied = _apply_delta(g, cast(g, x, dtype), delta, (*x.shape[:-1], width))
     if npt.bias is None:
         return add(g, out, applied, "with delta")
     features = cast(g, _modulate(g, npt.bias, code, settings), dtype)
@@ -202,8 +203,9 @@ def _outer_product(g: Graph, npt: NptModulator, code: Tensor, dtype: str, settin
     tokens, k = code.shape[:-1], settings.components
     z = cast(g, code, dtype)
     d, f = npt.a.shape[0], npt.b.shape[1]
-    left = _contract(g, z, cast(g, npt.a, dtype), (*tokens, d, k), "vectors of x")
-    right = _contract(g, z, cast(g, npt.b, dtype), (*tokens, k, f), "vectors of the output")
+    a, b = cast(g, npt.a, dtype), cast(g, npt.b, dtype)
+    left = _contract(g, z, a, (*tokens, d, k), "vectors of x")
+    right = _contract(g, z, b, (*tokens, k, f), "vectors of the output")
     return _contract(g, left, right, (*tokens, d, f), "weight delta")
 
 
@@ -227,6 +229,7 @@ def _view_back(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tenso
 
 
 def _apply_delta(g: Graph, x: Tensor, delta: Tensor, shape: Shape) -> Tensor:
+    delta, x = autocast_to(g, delta), autocast_to(g, x)
     saved = g.save(x, delta if x.needs_grad else None)
     out = g.new(shape, promote(x.dtype, delta.dtype), "delta of output")
     g.record(out, (x, delta), saved, product_backward, (x.shape, delta.shape))

@@ -62,7 +62,8 @@ class OptimizerProgram:
 
     def step(self, number: int) -> None:
         """Step `number`: states where there are none yet, then the update."""
-        if (self.in_trainer or self.job.train.max_grad_norm is not None) and not self.job.offload.params:
+        has_shards_on_host = self.job.offload.params and self.job.method != "npt"
+        if (self.in_trainer or self.job.train.max_grad_norm is not None) and not has_shards_on_host:
             self._clip(number)
         self.update(number)
 

@@ -60,7 +60,10 @@ def layout(job: Job, device: str = "cuda") -> Layout:
         replicas=parallel.dp_replicate,
         gathers=everything or (job.offload.params and not zero_stage(job)),
         params_on_host=has_host and job.offload.params,
-        optimizer_on_host=has_host and (job.offload.optimizer or job.offload.params),
+        # What NPT trains is no shard, and stays on the device.
+        optimizer_on_host=has_host
+        and (job.offload.optimizer or job.offload.params)
+        and not (job.method == "npt" and job.offload.params),
     )
 
 

@@ -45,18 +45,19 @@ class MetaModel:
     """Of the whole base model."""
     largest_parameter: int
     """Elements of its largest tensor."""
+    embedding: int
+    """Elements of its input embeddings."""
     class_name: str
     """The class of transformers that it is of."""
 
     def sizes(self, trainable: int) -> HostSizes:
         """What host memory depends on; `trainable`: elements that train."""
         config = self.built.model.config.get_text_config()
-        embedding = self.built.model.get_input_embeddings().weight.numel()
         return HostSizes(
             base=self.num_parameters,
             trainable=trainable,
             largest=self.largest_parameter,
-            embedding=embedding,
+            embedding=self.embedding,
             hidden_size=config.hidden_size,
             num_layers=self.num_layers,
         )
@@ -104,6 +105,7 @@ def build_meta(
     name = type(model).__name__
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     largest = max(parameter.numel() for parameter in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
     blocks = find_blocks(model)
     if blocks is None:
         selection = Selection((), {})
@@ -114,7 +116,7 @@ def build_meta(
         _cut(model, blocks, selection)
         job = _renumber(job, num_layers, selection)
     decoder = decoder_of(model)
-    if job.method == "qlora":
+    if job.has_4bit_base:
         from memplan.train.quantize import replace_linears
 
         replace_linears(model, job)
@@ -126,7 +128,7 @@ def build_meta(
         root = _cut_to_shards(job, built, group)
         if job.method == "npt":
             _prepare(job, model)
-    return MetaModel(built, root, blocks, selection, num_layers, num_parameters, largest, name)
+    return MetaModel(built, root, blocks, selection, num_layers, num_parameters, largest, embedding, name)
 
 
 def _trainable(module: nn.Module) -> int:

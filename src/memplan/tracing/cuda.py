@@ -195,6 +195,33 @@ def _packed_product(recorder: Recorder, _: Any, args: tuple[Any, ...], kwargs: d
     return out.view(*inputs.shape[:-1], -1)
 
 
+def _pack(
+    recorder: Recorder, _: Any, args: tuple[Any, ...], __: dict[str, Any]
+) -> tuple[Tensor, Tensor] | Any:
+    """The constants are made before the packed weight (bitsandbytes' backends/cuda/ops.py, quantize_4bit)."""
+    if recorder.device_type != "meta":
+        return NotImplemented
+    weight, block_size, _, storage = args
+    with recorder:
+        num_elements = weight.numel()
+        constants = weight.new_empty(-(-num_elements // block_size), dtype=torch.float32)
+        packed = weight.new_empty(((num_elements + 1) // (storage.itemsize * 2), 1), dtype=storage)
+    return packed, constants
+
+
+def _pack_constants(
+    recorder: Recorder, _: Any, args: tuple[Any, ...], __: dict[str, Any]
+) -> tuple[Tensor, Tensor] | Any:
+    """As `_pack`, in 8 bits (quantize_blockwise there)."""
+    if recorder.device_type != "meta":
+        return NotImplemented
+    values, _, block_size = args
+    with recorder:
+        constants = values.new_empty(-(-values.numel() // block_size), dtype=torch.float32)
+        packed = torch.empty_like(values, dtype=torch.uint8)
+    return packed, constants
+
+
 _PACKED_ARGUMENTS = (
     "A", "B", "shapeB", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code", "absmax_offset",
 )  # fmt: skip
@@ -259,6 +286,8 @@ def handlers(sole_tensor: int, sole_storage: int) -> dict[str, Handler]:
     table["aten::index"] = table["aten::_index_put_impl_"] = table["aten::index_put_"] = _index
     table["aten::_safe_softmax"] = _safe_softmax
     table["bitsandbytes::gemm_4bit"] = _packed_product
+    table["bitsandbytes::quantize_4bit"] = _pack
+    table["bitsandbytes::quantize_blockwise"] = _pack_constants
     table["aten::add"] = accumulation(sole_tensor, sole_storage)
     return table
 

@@ -31,6 +31,8 @@ class HostMemory:
 
     def __init__(self, *, takes_copies: bool) -> None:
         self.takes_copies = takes_copies
+        self.is_read = False
+        """Inside `Tensor.cpu`, by which code reads values; FSDP offloads with `to`."""
         self.live_bytes = self.peak_bytes = 0
         self.is_stepping = False
         """Inside the optimizer's step: it makes its counts of steps where its parameters are."""
@@ -67,7 +69,7 @@ class HostMemory:
             for item in (arg if isinstance(arg, (list, tuple)) else (arg,))
             if isinstance(item, Tensor) and item.device.type == "meta"
         ]
-        if self.takes_copies and _leaves_device(func, args, kwargs):
+        if self.takes_copies and not self.is_read and _leaves_device(func, args, kwargs):
             source = args[0]
             return self.add(torch.empty_like(source, dtype=kwargs.get("dtype") or source.dtype))
         if func is torch.ops.aten._local_scalar_dense.default:  # a value: the recorder has an answer
@@ -91,8 +93,10 @@ class HostMemory:
 
     @contextmanager
     def fetching(self, recorder: Storages) -> Iterator[None]:
-        """`to` and `copy_` bring tensors to the device: on meta the first would be no copy at all."""
-        original = Tensor.to
+        """
+        `to` and `copy_` bring tensors to the device: on meta the first would be no copy at all. `cpu` gives values.
+        """
+        original, original_cpu = Tensor.to, Tensor.cpu
 
         def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             target = kwargs.get("device", args[0] if args else None)
@@ -102,11 +106,18 @@ class HostMemory:
                 return copy
             return original(tensor, *args, **kwargs)
 
-        Tensor.to = to
+        def cpu(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self.is_read = True
+            try:
+                return original_cpu(tensor, *args, **kwargs)
+            finally:
+                self.is_read = False
+
+        Tensor.to, Tensor.cpu = to, cpu
         try:
             yield
         finally:
-            Tensor.to = original
+            Tensor.to, Tensor.cpu = original, original_cpu
 
 
 class HostMover:

@@ -28,23 +28,7 @@ def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = Fal
     recorder.mark("load", 0)
     if on_device:
         recorder.scratch((_checkpoint_bytes(job, meta, places),), "room for the model's weights")
-    adapters = []
-    for module, is_left in _visits(model, set()):
-        place = places[module]
-        if is_left:
-            for name, buffer in module.named_buffers(recurse=False):
-                recorder.adopt(buffer, "weights", _where(place, name), place.layer)
-            continue
-        if job.method == "qlora" and hasattr(module, "pack_weight"):
-            _pack(recorder, module, place)
-        for name, parameter in module.named_parameters(recurse=False):
-            held = local_part(parameter)
-            if recorder.host is not None:
-                recorder.host.add(held)
-            if parameter.requires_grad and job.method != "full":
-                adapters.append((held, _where(place, name), place.layer))
-            else:
-                recorder.adopt(held, "weights", _where(place, name), place.layer)
+    adapters = _load_base(recorder, job, model, places)
     if job.method == "qlora" and job.quantization.kbit_preparation:
         from memplan.train.quantize import prepare_kbit
 
@@ -52,6 +36,30 @@ def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = Fal
             prepare_kbit(model)
     for parameter, where, layer in adapters:
         recorder.adopt(parameter, "adapters", where, layer)
+
+
+def _load_base(
+    recorder: Recorder, job: Job, model: nn.Module, places: dict[nn.Module, Place]
+) -> list[tuple[torch.Tensor, str, int | None]]:
+    """All but adapters, which are returned with what to call them and their block."""
+    adapters = []
+    for module, is_left in _visits(model, set()):
+        place = places[module]
+        if is_left:
+            for name, buffer in module.named_buffers(recurse=False):
+                recorder.adopt(buffer, "weights", _where(place, name), place.layer)
+            continue
+        if job.has_4bit_base and hasattr(module, "pack_weight"):
+            _pack(recorder, module, place)
+        for name, parameter in module.named_parameters(recurse=False):
+            held = local_part(parameter)
+            if recorder.host is not None and is_sharded(parameter):  # all but what an NPT block adds
+                recorder.host.add(held)
+            if parameter.requires_grad and job.method != "full":
+                adapters.append((held, _where(place, name), place.layer))
+            else:
+                recorder.adopt(held, "weights", _where(place, name), place.layer)
+    return adapters
 
 
 def _visits(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module, bool]]:

@@ -69,7 +69,7 @@ def run_loop(job: Job, built: Built, parallel: Parallel, recorder: Recorder, num
         name.removeprefix("base_model.model."): parameter for name, parameter in parallel.trainable.items()
     }
     recorder.watch(named, optimizer)
-    if recorder.host is not None:
+    if recorder.host is not None and (copies is not None or job.method != "npt"):
         recorder.host.follow(optimizer)
     if job.loop == "memplan":
         loop = Loop(job, built, optimizer, full_batches(job), META, parallel=parallel, begin=recorder.mark)
@@ -83,7 +83,7 @@ def run_loop(job: Job, built: Built, parallel: Parallel, recorder: Recorder, num
 
 def _run_script(job: Job, built: Built, optimizer: Any, recorder: Recorder, num_steps: int) -> Any:
     """A loop as tutorials write it: the model's output is held until the next one takes its place."""
-    batches = full_batches(job)
+    batches = full_batches(replace(job, packing=False))  # documents in a row are one row to it
     clip = job.train.max_grad_norm
     if Behaviour.for_job(job).input_gradients:
         built.model.enable_input_require_grads()

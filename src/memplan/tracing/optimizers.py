@@ -23,6 +23,13 @@ def _paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) 
     return state
 
 
+def _map_of_4_bits(_: str, device: Any = None, blocksize: int = 64) -> torch.Tensor:
+    """As bitsandbytes' get_4bit_type, whose values a trace needs not."""
+    values = torch.empty(16, device=device)
+    values.div_(values.abs().max())
+    return values
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     pass
 
@@ -50,14 +57,17 @@ def bitsandbytes_on_meta() -> Iterator[None]:
 def own_quantization_maps() -> Iterator[None]:
     """
     bitsandbytes makes the map of its nested constants once per process, on the device that asks first. A trace makes
-    one of its own, and leaves real packing its own.
+    one of its own, and leaves real packing its own. The 16 values of 4 bits it makes for every weight, by a function
+    of torch's that modes do not see on meta.
     """
-    from bitsandbytes.functional import name2qmap
+    from bitsandbytes import functional
 
+    name2qmap = functional.name2qmap
     before = dict(name2qmap)
     name2qmap.clear()
     try:
-        yield
+        with replaced([(functional, "get_4bit_type", _map_of_4_bits)]):
+            yield
     finally:
         name2qmap.clear()
         name2qmap.update(before)

@@ -42,6 +42,8 @@ class _Operation:
     fresh: bool
     handler: Handler | None
     scratch: Callable[..., list[int]] | None
+    is_conversion: bool
+    """`to` as a handler calls it; where autograd is, its `_to_copy` arrives in its place."""
     is_product: bool
     is_pure: bool
     """Returns fresh tensors only and changes none."""
@@ -115,6 +117,9 @@ class Recorder(Storages, TorchDispatchMode):
             result = operation.handler(self, func, args, kwargs)
             if result is not NotImplemented:
                 return result
+        if operation.is_conversion:
+            with self:
+                return func.decompose(*args, **kwargs)
         if self.workspace_bytes and (operation.is_product or self._phase == "backward"):
             self._claim_workspace()
         known = self.shadows.evaluate(operation.name, func, args, kwargs)
@@ -150,6 +155,7 @@ class Recorder(Storages, TorchDispatchMode):
             fresh=any(result.alias_info is None for result in func._schema.returns),
             handler=self.handlers.get(name),
             scratch=SCRATCH.get(name),
+            is_conversion=name == "aten::to",
             is_product=name in PRODUCTS,
             is_pure=self.device_type == "meta" and _is_pure(func._schema),
             writes=func._schema.is_mutable and isinstance(func._schema.arguments[0].type, torch.TensorType),

@@ -89,6 +89,7 @@ def trace_job(
             f"`{job.parallel.strategy}` is DeepSpeed's, which the trace does not run",
             hint="use `--engine shape`, whose plan follows DeepSpeed's source, or `parallel.strategy: FULL_SHARD`",
         )
+    _refuse_other_loops(job)
     # DDP's buckets hold gradients of several blocks.
     if not whole and not (job.world_size > 1 and not is_sharded(job)):
         try:
@@ -100,6 +101,23 @@ def trace_job(
         ):  # blocks that are not alike (NotRepeatable), or whose code cannot do without the others
             pass
     return _trace(job, config, device, num_steps, whole=True)
+
+
+def _refuse_other_loops(job: Job) -> None:
+    """What loops other than our own are not traced with."""
+    if job.loop == "memplan":
+        return
+    if job.world_size > 1 or job.offload.params:
+        raise TraceError(
+            f"jobs on several GPUs, and with `offload.params`, are traced in memplan's own loop, not with "
+            f"`loop: {job.loop}`",
+            hint="use `--engine shape`, or `--set loop=memplan`",
+        )
+    if job.loop == "script" and job.loss == "chunked":
+        raise TraceError(
+            "`loop: script` is traced with the model's own loss, not with `loss: chunked`",
+            hint="use `--engine shape`, or `--set loss=full`",
+        )
 
 
 def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, whole: bool) -> Traced:
@@ -138,7 +156,8 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
                     hint="`memplan record` measures a few real steps of it",
                 ) from error
             raise
-    events = recorder.events[:]  # what is freed from here on, when the model goes, is not part of the tape
+        events = recorder.events[:]
+    # What is freed from here on, when the model goes, is not part of the tape.
     del held
     trainable = meta.count_added()
     total = meta.num_parameters + (0 if job.method == "full" else trainable)
