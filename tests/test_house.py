@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "memplan"
 PAGES = reference.pages()
 HAND_WRITTEN = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
-MOST_LINES = 500
+MOST_LINES = 400
 
 # Folders of one machine, and notes to oneself.
 UNWANTED = re.compile(r"(?<![\w.])/(?:work|farm)/|/tmp/[a-z]+[-_/]|/roo[t]/|\bTOD[O]\b|\bFIXM[E]\b")

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from memplan.job.spec import Job
-from memplan.train import report
 from memplan.train.data import Batches
 from memplan.train.documents import Reader
 from memplan.train.group import ALONE, Group, end_process, join
@@ -31,6 +30,7 @@ from memplan.train.parallel import build_parallel
 from memplan.train.run import Run
 from memplan.train.samples import Samples, build_samples
 from memplan.train.sources import read_source
+from memplan.train.speech import speak
 from memplan.train.tokens import byte_tokenizer
 
 NUM_STEPS = 3
@@ -193,7 +193,7 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     group = join()
     if not group.is_first:
-        report.speak(prefix=None)
+        speak(prefix=None)
     for cell in cells():
         results = train(cell.job(root / f"rank-{group.rank}"), group)
         if group.is_first:

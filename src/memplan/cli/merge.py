@@ -31,7 +31,7 @@ def merge(
     merged into the base in full precision. Needs `pip install "memplan[train]"`.
     """
     from memplan.cli.output import emit
-    from memplan.train.report import say
+    from memplan.train.speech import say
 
     _check_packages()
     from memplan.train.merge import explain

@@ -21,9 +21,9 @@ from memplan.job.spec import Job
 from memplan.train.adapters import add_adapters, draw_adapters, fill_token_rows, without_bitsandbytes
 from memplan.train.meta_model import as_transformers, meta_model
 from memplan.train.offload import Mover, make_mover, offload_inputs
-from memplan.train.report import say
 from memplan.train.seeds import derive_seed as derive_seed
 from memplan.train.skeleton import Skeleton
+from memplan.train.speech import say
 from memplan.train.stream import find_files, load_streamed
 from memplan.train.tokens import first_line
 

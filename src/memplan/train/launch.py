@@ -28,7 +28,8 @@ from memplan.train.processes import Ending, Membership, Workers, membership
 from memplan.train.record import Record
 from memplan.train.refusals import check_trainable
 from memplan.train.replan import run_and_replan
-from memplan.train.report import resume_command, say
+from memplan.train.report import resume_command
+from memplan.train.speech import say
 from memplan.train.tokens import model_path
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from memplan.job.spec import Job
 from memplan.train.record import Record
-from memplan.train.report import say
+from memplan.train.speech import say
 
 OUT_OF_MEMORY = 1
 """Exit code of a run that ended so."""

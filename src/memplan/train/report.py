@@ -24,22 +24,6 @@ HELD_TO = 1.01
 """Measured over planned, up to which a run keeps its plan, however narrow the error band is."""
 _LARGEST_LINES = 3
 
-_speakers: dict[str, str | None] = {"prefix": ""}
-
-
-def speak(*, prefix: str | None = "") -> None:
-    """What `say` puts before its lines from now on; None: nothing is said at all, for one process of several."""
-    _speakers["prefix"] = prefix
-
-
-def say(text: str = "") -> None:
-    """One line for the person at the terminal."""
-    prefix = _speakers["prefix"]
-    if prefix is not None:
-        empty_lines = "\n" * (len(text) - len(text.lstrip("\n")))
-        words = text.lstrip("\n")
-        print(f"{empty_lines}{prefix}{words}" if words else text, file=sys.stderr, flush=True)
-
 
 def plan_lines(plan: Result, device: str, *, num_ranks: int = 1) -> list[str]:
     """The plan before anything is loaded: its peak, where it is, and the largest lines of its budget; of every rank."""

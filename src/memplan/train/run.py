@@ -16,7 +16,6 @@ from memplan.budget.result import Result
 from memplan.errors import RunError, UnknownModel
 from memplan.job.spec import Job
 from memplan.model import Architecture, resolve_config, resolve_model
-from memplan.tape.vocabulary import resized_config
 from memplan.train import report
 from memplan.train.build import Built
 from memplan.train.checkpoint import (
@@ -28,7 +27,6 @@ from memplan.train.checkpoint import (
     save_checkpoint,
 )
 from memplan.train.data import Batches, job_batches
-from memplan.train.documents import Reader
 from memplan.train.final_weights import complete_model, save_weights
 from memplan.train.group import Group, find_device
 from memplan.train.history import EvaluationHistory
@@ -42,9 +40,9 @@ from memplan.train.output_folder import CHECKPOINTS, FINAL
 from memplan.train.parallel import Parallel, build_parallel
 from memplan.train.record import Metrics, PhasePeak, Record, read_metrics_lines
 from memplan.train.refusals import check_device
-from memplan.train.report import say
-from memplan.train.samples import Samples, build_samples
-from memplan.train.sources import read_source
+from memplan.train.run_data import make_room, read_samples
+from memplan.train.samples import Samples
+from memplan.train.speech import say
 from memplan.train.tokens import Tokenizer, job_tokenizer, weights_source
 from memplan.train.trackers import open_tracker
 from memplan.train.training_state import base_fingerprint, largest_read_bytes, load_state, save_state
@@ -124,21 +122,24 @@ class Run:
             say(f"note: no plan to compare with: {error.message}")
         vocab_size = self.architecture.vocab_size if self.architecture else config.get("vocab_size")
         tokenizer = job_tokenizer(self.job, vocab_size)
-        config = self._make_room(config, tokenizer)
+        config, self.architecture = make_room(self.job, config, tokenizer, self.architecture)
         if not self.dry_run and self.group.is_first:
             remove_unfinished(self.checkpoints)
         checkpoint = self._find_checkpoint() if self.resume else None
         self._make_plan(checkpoint)
         self.record.update(versions=installed_versions(), device=describe_device(self.device))
         self._decode = tokenizer.decode
-        samples = self._read_samples(tokenizer, self.job.data.train, split="train")
+        assert self.job.data.train is not None
+        samples, summary = read_samples(self.job, self.folder, tokenizer, self.job.data.train, split="train")
+        self.record.update(data=summary)
         if self.job.train.epochs is not None:
             self._count_steps(self.job.train.epochs, samples)
         evaluation = None
         if self.job.data.eval is not None:
-            evaluation = job_batches(
-                self.job, self._read_samples(tokenizer, self.job.data.eval, split="validation")
+            evaluated, _ = read_samples(
+                self.job, self.folder, tokenizer, self.job.data.eval, split="validation"
             )
+            evaluation = job_batches(self.job, evaluated)
         start = checkpoint.state.step if checkpoint else 0
         loop = self._load(config, tokenizer, samples, checkpoint)
         if self.dry_run:
@@ -215,43 +216,6 @@ class Run:
                 f"`max_seq_len` is {self.job.max_seq_len}, and the model has {positions} positions",
                 hint=f"use `--set max_seq_len={positions}`",
             )
-
-    def _make_room(self, config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-        """The config, and the architecture, with rows for the tokens that were added."""
-        names = self.job.data.special_tokens
-        if not names:
-            return config
-        before = config.get("vocab_size")
-        config = resized_config(self.job, config, tokenizer.size, tokenizer.num_new)
-        rows = config["vocab_size"]
-        if self.architecture is not None:
-            self.architecture = replace(self.architecture, vocab_size=rows, is_resized=True)
-        grown = f"embeddings grow from {before} to {rows}" if rows != before else "the embeddings have room"
-        known = len(names) - tokenizer.num_new
-        say(
-            f"special tokens: {tokenizer.num_new} added"
-            + (f", {known} known already" if known else "")
-            + f"; {grown}"
-        )
-        return config
-
-    def _read_samples(self, tokenizer: Tokenizer, source: str | None, *, split: str) -> Samples:
-        assert source is not None
-        data = self.job.data
-        reader = Reader(data, tokenizer.render)
-        rows = read_source(source, resolve=Path, split=data.split or split, subset=data.subset)
-        samples = build_samples(
-            reader.documents(rows),
-            tokenizer.tokenize,
-            max_seq_len=self.job.max_seq_len,
-            packing=self.job.packing,
-            folder=self.folder,
-        )
-        summary = report.data_summary(samples, reader.kinds, tokenizer.name)
-        say(report.data_line("data" if split == "train" else "evaluation data", summary))
-        if split == "train":
-            self.record.update(data=summary)
-        return samples
 
     def _count_steps(self, epochs: float, samples: Samples) -> None:
         """From now on the job has the steps that so many passes over the data take."""

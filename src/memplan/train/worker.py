@@ -37,8 +37,8 @@ from memplan.train.parallel import is_sharded
 from memplan.train.processes import LOST_PEER, STORE_DESCRIPTOR
 from memplan.train.record import RECORD, Record, read_metrics_lines
 from memplan.train.replan import HIGHEST_TIER
-from memplan.train.report import say
 from memplan.train.run import Interrupted, Run
+from memplan.train.speech import say, speak
 from memplan.train.tokens import first_line
 from memplan.units import format_bytes
 
@@ -130,7 +130,7 @@ def run_job(
 
 def _be_quiet() -> None:
     """Of several processes one speaks: what libraries say in the others it has said as well."""
-    report.speak(prefix=None)
+    speak(prefix=None)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
 
@@ -141,7 +141,7 @@ def _takes_the_word(run: Run) -> bool:
     run.stop_measuring()
     if not group.is_first_to_fail():
         return False
-    report.speak(prefix="" if group.is_first else f"rank {group.rank}: ")
+    speak(prefix="" if group.is_first else f"rank {group.rank}: ")
     return True
 
 
