@@ -22,7 +22,6 @@ from memplan.gpu.catalogue import GpuProfile, find_gpu
 from memplan.gpu.context import context_bytes
 from memplan.job.spec import AllocatorSettings, Job
 from memplan.render.answer import Answer
-from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.tape import FlatTape, Mark, Storage, Tape
 from memplan.tracing.autocast import emulated
@@ -34,6 +33,7 @@ from memplan.tracing.recorder import Recorder
 from memplan.tracing.reference_code import note_on_reference_code, reference_code
 from memplan.tracing.shadow import MAX_FLOATS, MAX_INTEGERS
 from memplan.tracing.stand_in import on_meta, quant_constants
+from memplan.tracing.step_notes import notes_on_models, notes_on_run
 from memplan.tracing.step_phases import StepPhases
 from memplan.tracing.user_code import (
     all_finite,
@@ -156,8 +156,8 @@ def trace_run(
     tape = _tape(recorder, events)
     result = _result(tape, device, allocator or AllocatorSettings(), profile, parameters)
     result = result.with_warnings(
-        *_notes(recorder, target, phases, steps, is_known=profile is not None),
-        *_notes_on(models, is_compiled=bool(compiled)),
+        *notes_on_run(recorder, target, phases, steps, is_known=profile is not None),
+        *notes_on_models(models, is_compiled=bool(compiled)),
         *note_on_reference_code(replaced_packages),
     )
     if capacity is not None:
@@ -365,38 +365,3 @@ def _capacity(gpu: str | None) -> tuple[Capacity | None, GpuProfile | None]:
     except GpuError:  # a size, or a live GPU
         profile = None
     return resolve_capacity(gpu), profile
-
-
-def _notes_on(models: dict[str, nn.Module], *, is_compiled: bool) -> list[str]:
-    modules = [module for model in models.values() for module in model.modules()]
-    notes = []
-    if is_compiled or any(hasattr(module, "_orig_mod") for module in modules):
-        notes.append("torch.compile: traced as it runs without, which takes more as a rule")
-    if any(isinstance(module, nn.RNNBase) for module in modules):
-        notes.append(
-            "recurrent layers are traced step by step: what cuDNN or oneDNN, which run them whole, hold is not known"
-        )
-    return notes
-
-
-def _notes(
-    recorder: Recorder, target: Target, phases: StepPhases, steps: int, *, is_known: bool
-) -> list[str]:
-    notes = list(target.notes(is_known=is_known))
-    if recorder.unknown_values:
-        notes.append(
-            f"modules looked at {recorder.unknown_values} values that only real data has; they were told 1"
-        )
-    if recorder.unknown_outside:
-        notes.append(
-            f"the step itself looked at {recorder.unknown_outside} such values, as `loss.item()` does; it was told 1"
-        )
-    if target.device == "cuda" and "aten::convolution" in recorder.operations_seen():
-        notes.append("cuDNN's workspaces for convolutions are not counted")
-    if not phases.num_optimizer_steps:
-        notes.append("no optimizer stepped, so its states are not counted")
-    elif steps < 2:
-        notes.append(
-            "one step was traced: the optimizer's states appear at its end, so a second one takes more"
-        )
-    return notes

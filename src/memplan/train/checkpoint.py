@@ -60,6 +60,23 @@ class Checkpoint:
     path: Path
     state: State
 
+    def check_continues(self, state: State) -> None:
+        """
+        Raises:
+            RunError: a run in this state is another than the one that was saved.
+        """
+        causes = {
+            "data": "the data or the tokenizer has changed",
+            "base": "the base weights are not those it was trained on",
+            "global_batch_size": "the global batch size has changed",
+        }
+        for name, cause in causes.items():
+            if getattr(self.state, name) != getattr(state, name):
+                raise RunError(
+                    f"`{self.path}` cannot be continued: {cause}",
+                    hint="bring it back, or start anew with `--set train.output_dir=...`",
+                )
+
 
 class Writers(Protocol):
     """The processes that write a folder together; `group.Group`."""

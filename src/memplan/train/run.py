@@ -266,17 +266,7 @@ class Run:
         return self._loop
 
     def _restore(self, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-        causes = {
-            "data": "the data or the tokenizer has changed",
-            "base": "the base weights are not those it was trained on",
-            "global_batch_size": "the global batch size has changed",
-        }
-        for name, cause in causes.items():
-            if getattr(checkpoint.state, name) != getattr(self._state, name):
-                raise RunError(
-                    f"`{checkpoint.path}` cannot be continued: {cause}",
-                    hint="bring it back, or start anew with `--set train.output_dir=...`",
-                )
+        checkpoint.check_continues(self._state)
         load_state(checkpoint.path, self._stepped, optimizer)
         self.saved_step = checkpoint.state.step
         self.record.update(resumed_from=checkpoint.state.step)
