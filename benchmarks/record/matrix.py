@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def _cell(name: str, entry: dict[str, Any], content: dict[str, Any]) -> Cell:
     for key, default in settings.items():
         settings[key] = type(default)(job.pop(key, default))
     loaded = load_job(None, flags=dict(_dotted(job)))
-    loaded = replace(loaded, job=loaded.job.replace(**unchecked))
+    loaded = loaded._replace(job=loaded.job.replace(**unchecked))
     return Cell(name, loaded, model_config(loaded.job.model, content.get("models", {})), **settings)
 
 

@@ -68,7 +68,7 @@ def test_against_the_gpu_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_flash_attention_is_traced_as_it_is_planned(tmp_path: Path) -> None:
-    run = trainer(tmp_path, model(hidden_size=256))  # heads of 64
+    run = trainer(tmp_path, model(hidden_size=256).bfloat16())  # heads of 64
     run.model.config._attn_implementation = "flash_attention_2"
     shape, trace = (preflight(run, gpu="24GB", engine=engine) for engine in ("shape", "trace"))
     assert shape.peak_bytes == pytest.approx(trace.peak_bytes, rel=0.001)

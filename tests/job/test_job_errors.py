@@ -116,6 +116,8 @@ BAD_LINES = [
     ("train: {warmup_steps: 2, warmup_ratio: 0.1}", "both say how long the warm-up is", "leave one of them out"),
     ("train: {learning_rate: 1e-4, min_lr: 1e-3}", "0.001 is above `train.learning_rate` 0.0001", "below the peak"),
     ("train: {eval_every: 5}", "`train.eval_every` is set, and there is nothing to evaluate on", "data.eval"),
+    ("method: npt\nloop: script", "`method: npt` trains in memplan's own loop", "`loop: memplan`"),
+    ("attention: flash_attention_2\ndtype: float32", "no float32 kernels", "`autocast: bfloat16`"),
     # the same field twice
     ("micro_batch_size: 1\nmicro_batch_size: 2", "`micro_batch_size` is given twice, first in line 2", "keep one"),
     ("lora: {rank: 1, rank: 1}", "`lora.rank` is given twice, first in line 2", "keep one"),

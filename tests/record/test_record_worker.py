@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def with_extra(flat: FlatTape, phase: str, num_bytes: int) -> FlatTape:
     sizes, storages, events, marks = list(tape.sizes), list(flat.storages), [], []
     bounds = [*(mark.event for mark in tape.marks), len(tape.events)]
     for mark, start, stop in zip(tape.marks, bounds, bounds[1:]):
-        marks.append(dataclasses.replace(mark, event=len(events)))
+        marks.append(mark._replace(event=len(events)))
         extra = mark.phase == phase
         if extra:
             sizes.append(num_bytes)

@@ -93,7 +93,7 @@ def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [dict(state._shared_state) for state in (AcceleratorState, PartialState)] == states
 
 
-@pytest.mark.parametrize("settings", [{"loss": "fused"}, {"method": "npt"}, {"optimizer_kernel": "loop"}])
+@pytest.mark.parametrize("settings", [{"loss": "fused"}, {"optimizer_kernel": "loop"}])
 def test_what_the_trainer_does_not_do_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(TraceError, match=r"[tT]rainer"):
         trace_job(job(loop="hf_trainer", **settings), WIDE)

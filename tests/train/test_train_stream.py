@@ -22,7 +22,7 @@ from tiny_runs import GPT2, LLAMA  # noqa: E402
 import memplan  # noqa: E402
 from memplan.errors import ModelError  # noqa: E402
 from memplan.job.spec import Job, Load, Lora  # noqa: E402
-from memplan.tape.linear import cpu_packing_scratch  # noqa: E402
+from memplan.tape.packing import cpu_packing_scratch  # noqa: E402
 from memplan.train.build import Built, build_model  # noqa: E402
 from memplan.train.stream import find_files, load_streamed  # noqa: E402
 
