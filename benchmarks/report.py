@@ -221,9 +221,8 @@ def standing_section(rows: Sequence[Row]) -> str:
 
 
 _STANDING_NOTE = (
-    "Reserved memory that is below beyond rounding is below by one segment of the small pool, 2 MiB, in three runs "
-    "(one of them twice, shape and trace). Two hold small tensors that the plan lacks, 1.0 and 2.6 MiB of them by "
-    "their allocated peaks; which was not found.\n"
+    "Reserved memory that is below beyond rounding is below by one segment of the small pool, 2 MiB, in two runs. They "
+    "hold small tensors that the plan lacks, 1.0 and 2.6 MiB of them by their allocated peaks; which was not found.\n"
 )
 """Held by a test."""
 
