@@ -30,10 +30,10 @@ def jobs(draw: st.DrawFn, **fixed: Any) -> Job:
     drawn = {name: draw(_values(field)) for name, field in job_fields().items() if name not in fixed}
     if not any(name.startswith("parallel.") for name in fixed):
         drawn |= {f"parallel.{name}": value for name, value in draw(_parallel()).items()}
-    return _agreeing(Job(model="gpt2").replace(**drawn, **fixed))
+    return agreeing(Job(model="gpt2").replace(**drawn, **fixed))
 
 
-def _agreeing(job: Job) -> Job:
+def agreeing(job: Job) -> Job:
     """The job without what its fields cannot say together."""
     changes: dict[str, Any] = {}
     if job.train.warmup_ratio is not None:
