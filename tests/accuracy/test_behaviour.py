@@ -102,7 +102,7 @@ def test_the_loop_decides_what_is_held():
     ours, trainer, script = (Behaviour.for_job(job) for job in jobs)
 
     assert Behaviour() == ours
-    assert Behaviour(hold_hidden=True, float_output=True, prefetch=True) == trainer
+    assert Behaviour(hold_hidden=True, float_output=True, prefetch=True, trainer_scalars=True) == trainer
     assert Behaviour(hold_hidden=True, hold_logits=True, use_cache=True) == script
 
 

@@ -88,6 +88,10 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"dtype": "float32", "autocast": "float16", "attention": "eager", "loop": "script"}),
     ("bert", {"method": "lora", HEADS: "[query,value]", CKPT: "full"}),
     ("bert", {"method": "lora", "attention": "eager", "data__special_tokens": "[<a>,<b>]"}),
+    ("bert", {"loop": "hf_trainer", "method": "lora", "attention": "eager"}),
+    ("gpt2", {"loop": "hf_trainer", "dtype": "float32", "autocast": "bfloat16", LOSS: 2}),
+    ("llama", {"loop": "hf_trainer", "method": "lora", CKPT: "full", LOSS: 4, "train__max_grad_norm": 1.0}),
+    ("qwen3", {"loop": "hf_trainer", CKPT: "full", "activation_offload": True}),
 ]
 
 NEARLY: list[tuple[str, dict[str, Any]]] = [
@@ -109,7 +113,6 @@ NEARLY: list[tuple[str, dict[str, Any]]] = [
     ),
     ("llama", {"method": "lora", "loss": "fused", "data__special_tokens": "[<a>]"}),
     ("llama", {"method": "qlora", "parallel__strategy": "FULL_SHARD", "parallel__dp_shard": 2}),
-    ("bert", {"loop": "hf_trainer", "method": "lora", "attention": "eager"}),
 ]
 """What docs/tracing.md lists: other events, nearly the same peak."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 from memplan.errors import RunError
@@ -26,7 +27,31 @@ def check_trainer(job: Job) -> None:
             f"transformers' Trainer (`loop: hf_trainer`) is run with the model's own loss, not with `{asked}`",
             hint="use `--set loop=memplan`",
         )
+    if job.offload.optimizer:
+        raise RunError(
+            "transformers' Trainer (`loop: hf_trainer`) has no `offload.optimizer` but DeepSpeed's",
+            hint="use `--set loop=memplan`, or `--set offload.optimizer=false`",
+        )
+    if _offloads(job) and not _knows_offload():
+        raise RunError(
+            "the Trainer of the installed transformers has no `activation_offload`",
+            hint="use `--set loop=memplan`, or transformers 5.17 and later",
+        )
     trainer_optimizer(job)
+
+
+def _offloads(job: Job) -> bool:
+    """Whether the Trainer, which switches on checkpointing of all blocks, is asked to offload their inputs."""
+    return job.activation_offload and job.activation_checkpointing == "full"
+
+
+def _knows_offload() -> bool:
+    """Whether `activation_checkpointing_kwargs` may name `offload` (transformers, modeling_utils.py)."""
+    from transformers import PreTrainedModel
+
+    old = PreTrainedModel.gradient_checkpointing_enable
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", old)
+    return "offload" in signature(enable).parameters
 
 
 def trainer_optimizer(job: Job) -> str:
@@ -80,5 +105,7 @@ def training_arguments(
             "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         )
         options[checkpointing] = True
+        if _offloads(job):
+            options[f"{checkpointing}_kwargs"] = {"offload": True}
     options |= more
     return kind(**{name: value for name, value in options.items() if name in known})

@@ -102,7 +102,9 @@ def _read_checkpointing(reading: Reading, args: Any) -> None:
     if not on:
         return
     reading.fields["activation_checkpointing"] = "full"
-    plain = {"use_reentrant": False, "every_n_layers": 1, "offload": False, "selective": False}
+    if options.pop("offload", None):
+        reading.fields["activation_offload"] = True
+    plain = {"use_reentrant": False, "every_n_layers": 1, "selective": False}
     reading.unknown += [
         f"activation checkpointing with `{name}: {value}`"
         for name, value in options.items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from memplan.job.spec import Job
 from memplan.tape.backends import AMPERE, TORCH, Target
+from memplan.tape.zero_groups import zero_stage
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (ATen/cuda/CublasHandlePool.cpp)."""
@@ -83,6 +84,12 @@ class Behaviour:
     The angles of the rotary tables are a batched product of frequencies and positions, which takes cuBLAS's workspace:
     transformers before 5.19 (modeling_llama.py, LlamaRotaryEmbedding.forward); since then they are multiplied.
     """
+    trainer_scalars: bool = False
+    """
+    The scalars of transformers' Trainer: its running loss, the tokens of a step, by which the model divides its loss,
+    accelerate's division by the accumulation steps, and the norm of the gradients, kept for its log (trainer.py).
+    Written as transformers 5 has them, without DeepSpeed, which has its own backward pass and step.
+    """
     compute_capability: tuple[int, int] = AMPERE
     """Of the card, which decides what sdpa's kernels take; that of an A100 where none is known."""
     torch: tuple[int, ...] = TORCH
@@ -130,6 +137,7 @@ class Behaviour:
             use_cache=script and job.activation_checkpointing == "none",
             float_output=trainer and job.autocast is not None,
             prefetch=trainer,
+            trainer_scalars=trainer and not zero_stage(job),
             # The Trainer switches checkpointing on as users do, and transformers 5 then makes the output of the
             # embeddings require gradients (modeling_utils.py, activation_checkpointing_enable).
             # So does peft's prepare_model_for_kbit_training.
@@ -173,6 +181,7 @@ class Behaviour:
             slices_hidden=transformers >= (4, 45),
             float_logits=transformers < (4, 46),
             prefetch=job.loop == "hf_trainer" and transformers >= (4, 46),
+            trainer_scalars=Behaviour.for_job(job).trainer_scalars and not old_trainer,
             # peft's PeftModel and prepare_model_for_kbit_training both call it where checkpointing is on.
             input_gradients=adapters and checkpointing,
             reentrant=checkpointing and old_trainer,

@@ -17,7 +17,7 @@ from memplan.tape.graph import Graph
 from memplan.tape.kernels import liger_loss, triton_cross_entropy
 from memplan.tape.loss import chunked_loss, cross_entropy, full_loss
 from memplan.tape.modules import entered, left
-from memplan.tape.ops import cast, scale, unary_saving_output
+from memplan.tape.ops import alias, cast, scale, scale_backward, unary_saving_output
 from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.parts import Model
 from memplan.tape.programs import Settings, decoder
@@ -72,6 +72,9 @@ class Loop:
         self.output: list[Tensor] = []
         self.metrics: list[Tensor] = []
         self.held_cache: list[tuple[int, Tensor]] = []
+        self.num_tokens: Tensor | None = None
+        self.losses: dict[str, Tensor] = {}
+        """What the Trainer keeps to log: the running loss, and the last one."""
 
     def step(self, number: int, optimizer: Optimizer) -> None:
         """One optimizer step; from the third micro batch on nothing changes, so no more are written."""
@@ -79,6 +82,12 @@ class Loop:
         is_own = self.job.loop == "memplan"
         total = self.sum_of_losses(number) if is_own and self.job.method != "npt" else None
         num_micro_batches = min(self.job.gradient_accumulation_steps, 3)
+        if self.behaviour.trainer_scalars and not self.losses:
+            self.g.begin("running loss")
+            self.losses["running"] = self.g.new((), "float32", "running loss", "logits_loss")
+            if number > 1 and isinstance(optimizer, OptimizerProgram):
+                self.losses["last"] = self.g.new((), "float32", "loss of the step before", "logits_loss")
+                optimizer.kept_norm = self.g.new((), "float32", "norm of the step before", "workspace")
         for micro in range(1, num_micro_batches + 1):
             recording.mark("forward", number)
             if self.g.units is not None:
@@ -95,7 +104,13 @@ class Loop:
                 self.g.begin(f"backward {number}.{micro}")
                 if self.behaviour.fsdp1 and self.job.method != "full":
                     self.settings.kept = []
-                backward(self.g, loss)
+                if self.behaviour.trainer_scalars:
+                    loss, kept = self.divided(loss)
+                    backward(self.g, loss)
+                    self.losses["last"] = kept
+                    del kept
+                else:
+                    backward(self.g, loss)
                 self.release_kept(f"{number}.{micro}")
                 del loss
             if is_own:
@@ -109,6 +124,17 @@ class Loop:
             self.settings.cache = []
             self.replace_output([])
         optimizer.zero_grad(number)
+
+    def divided(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        The loss as accelerate takes it to backward, divided by the accumulation steps, and without its graph as the
+        Trainer keeps it. It is multiplied in place by the number of processes before (trainer.py, compute_loss).
+        """
+        g = self.g
+        kept, multiplied = alias(loss), alias(loss)
+        with g.module("loss"):
+            g.record(multiplied, (loss,), [], scale_backward)
+            return scale(g, multiplied, "loss over accumulation steps"), kept
 
     def add_up_gradients(self, number: int) -> None:
         """Of NPT, which no hook of DDP or FSDP sees: all of them in one tensor (train/parallel.py)."""
@@ -160,12 +186,31 @@ class Loop:
             self.batch = self.new_batch(length)
             return
         if micro == 1:
-            self.batches = [self.new_batch(length) for _ in range(self.job.gradient_accumulation_steps)]
-            for _, labels in self.batches:
-                num_counted = length if self.model.architecture.is_encoder else length - 1
-                counted = self.g.new((labels.shape[0], num_counted), "bool", "targets", "inputs")
-                del counted
+            batches = [self.new_batch(length) for _ in range(self.job.gradient_accumulation_steps)]
+            tokens = self.count_tokens([labels for _, labels in batches])
+            self.batches = batches
+            self.num_tokens = tokens
         self.batch = self.batches[micro - 1]
+
+    def count_tokens(self, batches: list[Tensor]) -> Tensor | None:
+        """
+        The Trainer counts the labels of a step, in the batches as they are (trainer.py, _get_num_items_in_batch): from
+        the second position on where transformers knows by the model's class that its loss shifts them.
+        """
+        g, architecture = self.g, self.model.architecture
+        shifts = not architecture.is_encoder and architecture.family != "gpt2"  # GPT2LMHeadModel
+        total: Tensor | None = None
+        for labels in batches:
+            rows, length = labels.shape
+            counted = g.new((rows, length - shifts), "bool", "targets", "inputs")
+            if not self.behaviour.trainer_scalars:
+                del counted
+                continue
+            tokens = g.new((), "int64", "targets of a batch", "inputs")
+            del counted
+            total = g.new((), "int64", "targets so far", "inputs")
+            del tokens
+        return None if total is None else g.new((), "float32", "targets of a step", "inputs")
 
     def new_batch(self, length: int) -> tuple[Tensor, ...]:
         """Ids and labels on the device, and positions where rows are packed."""
@@ -248,6 +293,7 @@ class Loop:
             upcast=behaviour.upcast_logits and (is_own or not is_encoder),
             shift_logits=behaviour.shift_logits,
             divide=is_own,
+            per_token=behaviour.trainer_scalars and not is_encoder,
             shifts=not is_encoder,
             kernel=triton_cross_entropy if behaviour.triton_loss else cross_entropy,
         )

@@ -61,6 +61,7 @@ def full_loss(
     upcast: bool = True,
     shift_logits: bool = False,
     divide: bool = False,
+    per_token: bool = False,
     shifts: bool = True,
     kernel: Callable[[Graph, Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Tensor:
@@ -69,7 +70,8 @@ def full_loss(
 
     `shift_logits`: transformers before 4.49 copied the float32 logits without the last position instead of shifting
     the labels, and held both while the loss was computed. `divide`: memplan.train.loss.full_cross_entropy, a sum that
-    is divided by the tokens of the global batch. Not `shifts`: labels are of the masked tokens themselves.
+    is divided by the tokens of the global batch. `per_token`: so is transformers' own loss, by the tokens that its
+    Trainer counted (loss_utils.py, fixed_cross_entropy). Not `shifts`: labels are of the masked tokens themselves.
     """
     if upcast:
         logits = cast(g, logits, "float32")
@@ -86,7 +88,7 @@ def full_loss(
             del padded  # a local of a function of its own
     flat = _flatten(g, shifted)
     loss = kernel(g, flat, labels)
-    if divide:
+    if divide or per_token:
         loss = scale(g, loss, "loss per token")
     del flat
     return loss

@@ -210,11 +210,11 @@ def scale(g: Graph, x: Tensor, name: str = "scaled") -> Tensor:
     """`x * 0.5`"""
     out = g.new(x.shape, x.dtype, name, transposed=x.transposed)
     if g.needs(x):
-        g.record(out, (x,), [], _scale_backward)
+        g.record(out, (x,), [], scale_backward)
     return out
 
 
-def _scale_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
+def scale_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
     gradient = gradients[0]
     out = g.new(gradient.shape, gradient.dtype, "scaled grad", transposed=gradient.transposed)
     out.columns = gradient.columns
@@ -225,7 +225,7 @@ def negate(g: Graph, x: Tensor, name: str = "negated") -> Tensor:
     """`-x`"""
     out = g.new(x.shape, x.dtype, name, transposed=x.transposed)
     if g.needs(x):
-        g.record(out, (x,), [], _scale_backward)
+        g.record(out, (x,), [], scale_backward)
     return out
 
 

@@ -51,6 +51,7 @@ class OptimizerProgram:
         self.num_elements = num_elements
         self.embeddings = embeddings
         self.states: list[Tensor] = []
+        self.kept_norm: Tensor | None = None
         self.has_states = False
         self.on_host = layout(job, g.device).optimizer_on_host
         self.in_trainer = job.loop == "hf_trainer"
@@ -233,6 +234,8 @@ class OptimizerProgram:
         g = self.g
         outer = g.category, g.path
         g.category, g.path = "workspace", "clip_grad_norm_"
+        g.begin(f"norm of the step before {number}")
+        self.kept_norm = None
         total = self._total_norm(number)
         dtype = total.dtype
         denominator = g.new((), dtype, "norm plus epsilon")
@@ -240,6 +243,8 @@ class OptimizerProgram:
         factor = g.new((), dtype, "factor")
         del reciprocal, denominator
         clamped = g.new((), dtype, "factor of at most 1")
+        if self.in_trainer:
+            self.kept_norm = total  # for its log
         del factor, clamped, total
         g.category, g.path = outer
 

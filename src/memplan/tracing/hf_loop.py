@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from memplan.errors import RunError, TraceError
 from memplan.hf.arguments import check_trainer, training_arguments
@@ -19,6 +21,7 @@ from memplan.hf.trainer import collate, observed_trainer
 from memplan.job.spec import Job
 from memplan.tracing.build import META
 from memplan.tracing.recorder import Recorder
+from memplan.train.offload import Mover
 
 MICRO_BATCHES = 3
 """From the third micro batch of a step on nothing changes, so no more are run."""
@@ -43,16 +46,21 @@ def check(job: Job) -> None:
         raise TraceError(refusal.message, hint=refusal.hint) from refusal
 
 
-def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int) -> None:
+def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int, mover: Mover) -> None:
     """
-    Steps 1 to `num_steps` of the Trainer, recorded. accelerate is made to believe that its device is `meta`, so that
-    it moves batches, casts and wraps `forward` as it would for a GPU. The scalars of float16's gradient scaler are not
-    there.
+    Steps 1 to `num_steps` of the Trainer, recorded; `mover` offloads the inputs of checkpointed blocks. accelerate is
+    made to believe that its device is `meta`, so that it moves batches, casts and wraps `forward` as it would for a
+    GPU. The scalars of float16's gradient scaler are not there.
     """
     check(job)
     num_batches = job.gradient_accumulation_steps
     job = replace(job, gradient_accumulation_steps=min(num_batches, MICRO_BATCHES))
-    observed: Any = observed_trainer(recorder.mark, lambda step: None)
+
+    def end_step(step: int) -> None:
+        if step == num_steps:
+            recorder.mark("end", step)
+
+    observed: Any = observed_trainer(recorder.mark, end_step)
 
     class OnMeta(observed):
         def __init__(self, **options: Any) -> None:
@@ -74,20 +82,24 @@ def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int) 
         def get_batch_samples(self, *positional: Any, **options: Any) -> Any:
             batches, num_items = super().get_batch_samples(*positional, **options)
             held = _Batches(batches)
-            # Those that are not run are on the device as well.
-            held.others = [
+            held.others = self.__dict__.pop("_others")
+            return held, num_items
+
+        def _get_num_items_in_batch(self, batches: list[Any], *positional: Any, **options: Any) -> Any:
+            """Those that are not run are on the device as well, and counted."""
+            self._others = [
                 {name: torch.empty_like(tensor) for name, tensor in batches[-1].items()}
                 for _ in range(num_batches - len(batches))
             ]
-            for other in held.others:
+            for other in self._others:
                 for name, tensor in other.items():
                     recorder.name(tensor, "inputs", name)
-            return held, num_items
+            return super()._get_num_items_in_batch([*batches, *self._others], *positional, **options)
 
     rows = [{"input_ids": [0] * job.max_seq_len}] * (
         job.micro_batch_size * job.gradient_accumulation_steps * num_steps
     )
-    with apart(), TemporaryDirectory(prefix="memplan-") as folder:
+    with apart(), saved_by(mover), TemporaryDirectory(prefix="memplan-") as folder:
         arguments = training_arguments(
             # accelerate refuses float16 on the CPU, where it believes to be until it is told otherwise.
             job if job.autocast is None else replace(job, autocast="bfloat16"),
@@ -135,6 +147,21 @@ def pretend_meta(autocast: str | None) -> None:
         state._shared_state["device"] = META
     if autocast == "float16":
         AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+
+
+@contextmanager
+def saved_by(mover: Mover) -> Iterator[None]:
+    """What transformers' checkpointing saves on the CPU, this offloads (modeling_utils.py, `save_on_cpu`)."""
+    from transformers import modeling_utils
+
+    def save_on_cpu(**_: Any) -> saved_tensors_hooks:
+        return saved_tensors_hooks(mover.to_host, mover.to_device)
+
+    if not hasattr(modeling_utils, "save_on_cpu"):  # versions that offload nothing
+        yield
+        return
+    with patch.object(modeling_utils, "save_on_cpu", save_on_cpu):
+        yield
 
 
 @contextmanager

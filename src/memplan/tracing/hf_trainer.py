@@ -20,12 +20,14 @@ from torch import nn
 from memplan.errors import TraceError
 from memplan.job.spec import AllocatorSettings, Job
 from memplan.tracing.build import META
-from memplan.tracing.hf_loop import MICRO_BATCHES, apart, pretend_meta
+from memplan.tracing.hf_loop import MICRO_BATCHES, apart, pretend_meta, saved_by
+from memplan.tracing.host import HostMover
 from memplan.tracing.optimizers import bitsandbytes_on_meta
 from memplan.tracing.packages import stand_ins
 from memplan.tracing.recorder import Recorder
 from memplan.tracing.step import Trace, on_meta_batch, trace_run
 from memplan.tracing.step_phases import StepPhases
+from memplan.train.offload import PlainMover
 
 NUM_STEPS = 2
 
@@ -81,6 +83,7 @@ def trace_trainer(
             stack.enter_context(bitsandbytes_on_meta())
         folder = stack.enter_context(TemporaryDirectory(prefix="memplan-"))
         stack.enter_context(apart())
+        stack.enter_context(saved_by(HostMover() if device == "cuda" else PlainMover()))
 
         def run(recorder: Recorder, phases: StepPhases) -> None:
             stand_in = _stand_in(trainer, recorder, phases, batch, folder, device, half=half)

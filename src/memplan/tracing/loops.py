@@ -16,6 +16,7 @@ from memplan.train.build import Built
 from memplan.train.data import Batches
 from memplan.train.host_optimizer import HostCopies
 from memplan.train.loop import Loop
+from memplan.train.offload import Mover
 from memplan.train.optimizer import build_optimizer
 from memplan.train.parallel import Parallel
 from memplan.train.samples import START, Samples, count_targets
@@ -47,12 +48,16 @@ def full_batches(job: Job) -> Batches:
     )
 
 
-def run_loop(job: Job, built: Built, parallel: Parallel, recorder: Recorder, num_steps: int) -> Any:
-    """Optimizer steps 1 to `num_steps` of the loop that the job names, recorded. Returns what it still holds."""
+def run_loop(
+    job: Job, built: Built, parallel: Parallel, recorder: Recorder, num_steps: int, mover: Mover
+) -> Any:
+    """
+    Optimizer steps 1 to `num_steps` of the loop that the job names, recorded; `mover` is for loops that offload inputs
+    of blocks themselves. Returns what the loop still holds.
+    """
     held = None
     if job.loop == "hf_trainer":
-        run_trainer(job, built.model, recorder, num_steps)
-        recorder.mark("end", num_steps)
+        run_trainer(job, built.model, recorder, num_steps, mover)
         return held
     if job.npt.stream == "curriculum":  # what it takes at most: that of its first steps
         job = replace(job, npt=replace(job.npt, stream="teacher"))

@@ -128,7 +128,8 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
     import_module("transformers.utils.logging")  # gives loggers what `reference_code` listens to
     with _quiet(), reference_code() as replaced_packages, ExitStack() as stack:
         group = stack.enter_context(rank_zero(recorder, job)) if is_distributed(job) else Group(device=META)
-        meta = build_meta(job, config, group, mover=HostMover() if on_gpu else PlainMover(), whole=whole)
+        mover = HostMover() if on_gpu else PlainMover()
+        meta = build_meta(job, config, group, mover=mover, whole=whole)
         stack.enter_context(stand_ins(recorder, job))
         stack.enter_context(like_device(target))
         stack.enter_context(emulated(casts=job.autocast is not None))
@@ -147,7 +148,7 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
         parallel = Parallel(job, meta.built, group, root=meta.root)
         finish_reductions(parallel)
         try:
-            held = run_loop(job, meta.built, parallel, recorder, num_steps)
+            held = run_loop(job, meta.built, parallel, recorder, num_steps, mover)
         except Exception as error:
             if whole and recorder.unknown_values and not isinstance(error, MemplanError):
                 raise TraceError(
@@ -156,8 +157,8 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
                     hint="`memplan record` measures a few real steps of it",
                 ) from error
             raise
-        events = recorder.events[:]
-    # What is freed from here on, when the model goes, is not part of the tape.
+        # What is freed when the steps have ended, and when the model goes, is not part of the tape.
+        events = recorder.events[: recorder.marks[-1][0]]
     del held
     trainable = meta.count_added()
     total = meta.num_parameters + (0 if job.method == "full" else trainable)
