@@ -55,6 +55,20 @@ def test_every_result_satisfies_the_schema(arguments):
     assert list(schema["properties"]) == list(found)
 
 
+@pytest.mark.parametrize("gpu", [(), ("--gpu", "24GB")], ids=["alone", "with a card"])
+def test_every_comparison_satisfies_its_schema(gpu):
+    """`memplan schema --of diff` describes what `diff` prints, and refuses what it does not print."""
+    schema = json.loads(run("schema", "--of", "diff").stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    found = json.loads(run("diff", "npt-gpt2", "npt-llama-8b", *gpu, "--format", "json").stdout)
+
+    jsonschema.validate(found, schema)
+    assert list(schema["properties"]) == list(found)
+    for broken in ({**found, "more": 1}, {**found, "totals": [{"name": "need"}]}, {**found, "a": None}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, schema)
+
+
 def test_gemma_2_is_planned_with_an_attention_that_it_has():
     """sdpa cannot cap scores: the default gives way and says so, sdpa by name is refused."""
     gemma = ("--model", "gemma-2-2b", "--method", "lora", "--max-seq-len", "64")

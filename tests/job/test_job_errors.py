@@ -255,6 +255,10 @@ def test_a_bad_value_does_not_cause_a_second_problem():
             "check the path",
         ),
         ("", "`.` is a folder, not a job file", "`./job.yaml`"),
+        ("gpt2", "there is no job file or ready job `gpt2`", "a model is named by `--model gpt2`"),
+        ("nobody/nothing-7B", "there is no job file `nobody/nothing-7B`", "`--model nobody/nothing-7B`"),
+        ("nobody/nothing.yml", "there is no job file `nobody/nothing.yml`", "check the path"),
+        ("model", "`model` is a folder, not a job file", "a model is named by `--model model`"),
         ("folder", "`folder` is a folder, not a job file", "`folder/job.yaml`"),
         ("folder.yaml", "`folder.yaml` is a folder, not a job file", "name a file in it"),
         ("big.yaml", "`big.yaml` is larger than a job file can be (1 MiB)", "not the model or the data"),
@@ -267,6 +271,8 @@ def test_a_source_that_is_no_job_is_explained(source: str, message: str, hint: s
     """A wrong name or path says what is nearest or what to look for."""
     Path("folder").mkdir()
     Path("folder.yaml").mkdir()
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
     with Path("big.yaml").open("wb") as file:
         file.truncate((1 << 20) + 1)
 

@@ -66,22 +66,27 @@ def jobs(output_format: ListFormat = "text") -> int:
 
 def schema(
     of: Annotated[
-        str, typer.Option("--of", metavar="job|result", help="Of the job file or of --format json")
+        str,
+        typer.Option(
+            "--of",
+            metavar="job|result|diff",
+            help="Of the job file, or of --format json: result of estimate, fit and preflight",
+        ),
     ] = "job",
 ) -> int:
-    """Print the JSON schema of the job file, or of the result"""
+    """Print the JSON schema of the job file, or of what --format json prints"""
     from memplan.cli.output import emit
     from memplan.render.json import dump
 
-    check_choice("--of", of, ("job", "result"))
+    check_choice("--of", of, ("job", "result", "diff"))
     if of == "job":
         from memplan.job.schema import job_schema
 
         emit(dump(job_schema()))
     else:
-        from memplan.render.schema import result_schema
+        from memplan.render.schema import diff_schema, result_schema
 
-        emit(dump(result_schema()))
+        emit(dump(result_schema() if of == "result" else diff_schema()))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
@@ -11,6 +12,8 @@ from memplan.job.problems import shorten
 from memplan.job.ready import find_ready_job, nearest_job
 
 _SUFFIXES = (".yaml", ".yml", ".json", ".toml")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.yaml)(?<!\.yml)(?<!\.json)(?<!\.toml)", re.IGNORECASE)
+"""An owner and a name, and no suffix of a job file."""
 _MAX_BYTES = 1 << 20
 """A job file is a page of text; anything beyond this is a model or data file given by mistake."""
 
@@ -49,7 +52,7 @@ def read_source(source: str | Path) -> Source:
         return Source(_read(path), f"`{path}`", path.suffix.lower(), path, path.absolute().parent)
     except FileNotFoundError:
         kind = "job file or ready job" if _is_name(source) else "job file"
-        raise JobError(f"there is no {kind} `{path}`", hint=_hint(path)) from None
+        raise JobError(f"there is no {kind} `{path}`", hint=_hint(source, path)) from None
     except PermissionError:
         raise JobError(f"`{path}` may not be read", hint=f"check its permissions: `ls -l {path}`") from None
     except (OSError, ValueError) as error:
@@ -76,9 +79,13 @@ def _is_name(source: str | Path) -> TypeGuard[str]:
 
 def _read(path: Path) -> str:
     if path.is_dir():
-        raise JobError(
-            f"`{path}` is a folder, not a job file", hint=f"name a file in it, e.g. `{path}/job.yaml`"
+        is_model = (path / "config.json").is_file()
+        hint = (
+            f"a model is named by `--model {path}`"
+            if is_model
+            else f"name a file in it, e.g. `{path}/job.yaml`"
         )
+        raise JobError(f"`{path}` is a folder, not a job file", hint=hint)
     if path.stat().st_size > _MAX_BYTES:
         raise JobError(
             f"`{path}` is larger than a job file can be (1 MiB)",
@@ -98,10 +105,14 @@ def _decode(content: bytes, name: str) -> str:
         ) from None
 
 
-def _hint(path: Path) -> str:
+def _hint(source: str | Path, path: Path) -> str:
+    from memplan.model.catalogue import find_model  # only where a job was not found
+
     stem = path.stem if path.suffix.lower() in _SUFFIXES else path.name
     if find_ready_job(stem):
         return f"did you mean the ready job `{stem}`?"
+    if find_model(str(source)) or _HUB_ID.fullmatch(str(source)):
+        return f"a model is named by `--model {source}`; `memplan jobs` lists the ready jobs"
     nearest = nearest_job(stem)
     if nearest:
         return f"did you mean `{nearest}`? `memplan jobs` lists the ready jobs"

@@ -1,5 +1,5 @@
 """
-The JSON schema of `--format json`, made from the dataclasses behind it, so that the two cannot drift apart.
+The JSON schemas of `--format json`, made from the dataclasses behind it, so that the two cannot drift apart.
 """
 
 from __future__ import annotations
@@ -37,27 +37,68 @@ def result_schema() -> dict[str, Any]:
         "preflight": {"anyOf": [_object(Preflight, definitions, Preflight.JSON_FIELDS), {"type": "null"}]},
         "frontier": {"anyOf": [_object(Frontier, definitions), {"type": "null"}]},
     }
+    return _document("memplan result", properties, definitions)
+
+
+def diff_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of the object that `diff` prints with `--format json`."""
+    from memplan.snapshot import compare
+    from memplan.snapshot.diff import TensorChange
+
+    definitions: dict[str, Any] = {}
+    amounts, changes = (
+        {"type": "array", "items": _with_change(cls, definitions)} for cls in (compare.Amount, TensorChange)
+    )
+    side = {
+        "source": _SIMPLE[str],
+        **{
+            name: _schema(hint, definitions)
+            for name, hint in typing.get_type_hints(Result).items()
+            if name in ("engine", "peak", "capacity", "verdict", "warnings")
+        },
+    }
+    properties = {
+        "schema_version": {"const": compare.SCHEMA_VERSION},
+        "a": _closed(side),
+        "b": _closed(side),
+        "fields": {"type": "object", "additionalProperties": {"type": "array", "minItems": 2, "maxItems": 2}},
+        "totals": amounts,
+        "categories": amounts,
+        "phases": amounts,
+        "alike": _closed(dict.fromkeys(("bytes", "count", "by_size"), _SIMPLE[int])),
+        "tensors": changes,
+    }
+    return _document("memplan diff", properties, definitions)
+
+
+def _document(title: str, properties: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "memplan result",
+        "title": title,
         "description": "Sizes are in bytes, per GPU unless a name says otherwise.",
+        **_closed(properties),
+        "$defs": definitions,
+    }
+
+
+def _closed(properties: dict[str, Any]) -> dict[str, Any]:
+    """An object with these properties, all of them and no others."""
+    return {
         "type": "object",
         "properties": properties,
         "required": list(properties),
         "additionalProperties": False,
-        "$defs": definitions,
     }
+
+
+def _with_change(cls: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    return _closed({**_object(cls, definitions)["properties"], "change_bytes": _SIMPLE[int]})
 
 
 def _object(cls: Any, definitions: dict[str, Any], names: tuple[str, ...] | None = None) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     names = names or tuple(field.name for field in dataclasses.fields(cls))
-    return {
-        "type": "object",
-        "properties": {name: _schema(hints[name], definitions) for name in names},
-        "required": list(names),
-        "additionalProperties": False,
-    }
+    return _closed({name: _schema(hints[name], definitions) for name in names})
 
 
 def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
