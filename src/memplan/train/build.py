@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -341,8 +340,6 @@ def enable_activation_checkpointing(model: Any, *, every_second: bool) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars, loading reports and deprecations of libraries; errors still come as exceptions."""
-    # On CPUs with bfloat16 instructions, bitsandbytes asks for a package that only inference would use.
-    getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

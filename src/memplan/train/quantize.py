@@ -5,14 +5,19 @@ The 4-bit base of QLoRA: bitsandbytes' linear layers, packed one by one as their
 from __future__ import annotations
 
 from collections.abc import Iterator
+from logging import ERROR, getLogger
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 
 from memplan.errors import RunError
 from memplan.job.spec import Job
+
+# On CPUs with bfloat16 instructions, bitsandbytes asks for a package that only inference would use.
+getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
+
+import bitsandbytes  # noqa: E402
 
 
 class PackedLinear(bitsandbytes.nn.Linear4bit):
