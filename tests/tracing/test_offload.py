@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from memplan.budget.estimate import estimate
+from memplan.errors import TraceError
 from memplan.model import architecture_from_config
 from memplan.tracing.estimate import estimate_traced
 from tracing.comparison import compare
@@ -49,6 +50,17 @@ def test_states_on_the_host_are_not_on_the_tape(settings: dict[str, Any]) -> Non
     for offloaded, whole in ((both.shape, kept.shape), (both.trace, kept.trace)):
         assert "optimizer" not in offloaded.categories()
         assert "optimizer" in whole.categories()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [SHARDED | {"offload__optimizer": True}, {"loop": "hf_trainer", "offload__params": True}],
+    ids=str,
+)
+def test_what_no_loop_does_is_refused(settings: dict[str, Any]) -> None:
+    """FSDP2 steps where its shards are; the Trainer leaves `offload.params` to DeepSpeed."""
+    with pytest.raises(TraceError, match=r"`offload\.(optimizer|params)`"):
+        estimate_traced(job(**settings), CONFIGS["llama"])
 
 
 @pytest.mark.parametrize(

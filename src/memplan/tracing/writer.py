@@ -89,7 +89,7 @@ def trace_job(
             f"`{job.parallel.strategy}` is DeepSpeed's, which the trace does not run",
             hint="use `--engine shape`, whose plan follows DeepSpeed's source, or `parallel.strategy: FULL_SHARD`",
         )
-    _refuse_other_loops(job)
+    _refuse_untraced(job)
     # DDP's buckets hold gradients of several blocks.
     if not whole and not (job.world_size > 1 and not is_sharded(job)):
         try:
@@ -103,9 +103,14 @@ def trace_job(
     return _trace(job, config, device, num_steps, whole=True)
 
 
-def _refuse_other_loops(job: Job) -> None:
-    """What loops other than our own are not traced with."""
+def _refuse_untraced(job: Job) -> None:
+    """What loops are not traced with."""
     if job.loop == "memplan":
+        if is_sharded(job) and job.offload.optimizer and not job.offload.params:
+            raise TraceError(
+                "memplan's own loop, which is traced, has no `offload.optimizer` alone with sharded weights",
+                hint="use `--engine shape`, or `--set offload.params=true`, which offloads the states as well",
+            )
         return
     if job.world_size > 1 or job.offload.params:
         raise TraceError(
