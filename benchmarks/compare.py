@@ -82,6 +82,11 @@ class NeedRow:
     allocated_bytes: int
     reserved_bytes: int
     predicted_bytes: int
+    outside_bytes: int | None = None
+    """
+    What nvidia-smi showed beyond what the replay reserves; None where it is not the source's figure, and where the
+    card's capacity bounds what is reserved.
+    """
 
     @property
     def error(self) -> float:
@@ -95,7 +100,10 @@ def compare_need(case: Case) -> NeedRow | None:
     if not case.fields or case.gpus > 1 or case.model_code != "transformers":
         return None
     bounds = case.need_bounds()
-    return None if bounds is None else NeedRow(case, *bounds, Run(case, case.behaviour).need_bytes())
+    if bounds is None:
+        return None
+    run = Run(case, case.behaviour)
+    return NeedRow(case, *bounds, run.need_bytes(), run.outside_bytes())
 
 
 def compare(case: Case) -> list[Row]:
@@ -143,6 +151,13 @@ class Run:
             return 0
         trained = count_parameters(self.case.job, self.case.architecture).trainable
         return trained * DTYPE_BYTES[self.case.job.lora.dtype]
+
+    def outside_bytes(self) -> int | None:
+        """See `NeedRow.outside_bytes`."""
+        measured = (self.case.measured, *self.case.also_measured)
+        device = next((figure.bytes for figure in measured if figure.statistic == "device"), None)
+        reserved, limit = self.replay.peak_reserved_bytes, self.limit_bytes
+        return None if device is None or (limit is not None and reserved > limit) else device - reserved
 
     def need_bytes(self) -> int:
         """The smallest capacity at which the tape completes."""

@@ -24,8 +24,8 @@ from benchmarks.compare import (
 from benchmarks.peft_table import BEFORE, LONGEST, NOT_TRACED, load_runs
 from benchmarks.published import Case
 from benchmarks.summary import summarize
-from memplan.budget.outside import NCCL_BYTES
-from memplan.units import GiB
+from memplan.budget.outside import NCCL_BYTES, non_torch_bytes
+from memplan.units import GiB, MiB
 
 MISS = 0.05
 """Errors above this are listed with their cause."""
@@ -75,7 +75,7 @@ def render(
 ) -> str:
     """The whole page."""
     parts = [HEAD, summary_section(cases, rows), traced_section(rows), standing_section(rows)]
-    parts += [need_section(needs), _by_source(rows)]
+    parts += [need_section(needs), outside_section(needs), _by_source(rows)]
     parts += [_ablations(ablations), miss_section(rows)]
     parts += group_sections(rows)
     parts.append(_unsupported(cases))
@@ -150,6 +150,22 @@ def need_section(needs: Sequence[NeedRow]) -> str:
         f"{sum(need.error > 0 for need in outside)} above and {sum(need.error < 0 for need in outside)} below; the "
         f"furthest is {worst.error:+.2%} outside. GiB inside torch's allocator.\n\n"
         f"{_table(header, lines, 4)}"
+    )
+
+
+def outside_section(needs: Sequence[NeedRow]) -> str:
+    """What nvidia-smi showed beyond the replay, by run."""
+    found = [(need.case, need.outside_bytes) for need in needs if need.outside_bytes is not None]
+    lines = [
+        [f"`{case.id}`", case.software["transformers"], f"{outside / MiB:.0f}"]
+        for case, outside in sorted(found, key=lambda pair: (pair[0].software["transformers"], pair[1]))
+    ]
+    planned = sorted({non_torch_bytes(case.job)[0] // MiB for case, _ in found})
+    return (
+        "## Outside torch's allocator\n\nWhat nvidia-smi showed of runs on one GPU beyond what the replay reserves: "
+        f"the context, with {' or '.join(map(str, planned))} MiB planned, and whatever the replay misses. Without the "
+        "runs that the card's capacity bounds.\n\n"
+        f"{_table(('run', 'transformers', 'MiB'), lines, 1)}"
     )
 
 

@@ -147,6 +147,7 @@ def test_what_rounding_leaves_open():
 @pytest.mark.parametrize(
     ("name", "loaded", "forward", "backward"),
     [
+        ("0.5b-instruct_lora_s1024", 0.9766, 2.6211, 3.209),
         ("0.5b-instruct_qlora_s1024", 0.9648, 2.1309, 3.2988),
         ("0.5b-instruct_qlora_s2048", 0.9648, 3.9492, 6.2773),
         ("1.5b-instruct_qlora_s1024", 2.0059, 3.1719, 4.3477),
@@ -326,6 +327,7 @@ def test_the_page_holds_the_rows(rows: list[Row], needs: list[NeedRow]):
         report.summary_section(ALL_CASES, rows),
         report.standing_section(rows),
         report.need_section(needs),
+        report.outside_section(needs),
         report.miss_section(rows),
         *report.group_sections(rows),
     ]
