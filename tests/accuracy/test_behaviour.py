@@ -96,6 +96,16 @@ def test_the_card_that_a_job_names(gpu: str | None, capability: tuple[int, int],
     assert (capability, workspace) == (found.compute_capability, found.cublas_workspace_bytes)
 
 
+@pytest.mark.parametrize(
+    ("version", "kept"), [("2.8.0", 0), ("2.9.0", 1), ("2.11.0+cu128", 1), ("2.12.0", 0)]
+)
+def test_cublaslt_keeps_a_workspace_of_its_own_for_a_while(version: str, kept: int):
+    """1 MiB in torch 2.9 to 2.11."""
+    found = Behaviour.for_software(TRAINER, {"torch": version}, family="llama")
+
+    assert kept << 20 == found.cublaslt_workspace_bytes
+
+
 def test_the_loop_decides_what_is_held():
     """memplan holds nothing, the Trainer hidden states and a float32 output, a script its output and cache."""
     jobs = [Job(model="x", loop=loop, autocast="bfloat16") for loop in ("memplan", "hf_trainer", "script")]

@@ -122,19 +122,28 @@ def test_reserved_peaks_of_complete_cases(rows: list[Row]):
     assert 0 == summary.too_low
 
 
-def test_reserved_peaks_below_the_measurement_lack_one_small_segment(rows: list[Row]):
-    """Of complete cases of high trust: beyond rounding, one segment of 2 MiB in two runs."""
+def test_no_reserved_peak_of_a_complete_case_is_below_the_measurement(rows: list[Row]):
+    """Of sources of high trust, beyond the rounding of what they print."""
+    complete = [row for row in rows if row.case.trust == "high" and not row.case.completeness]
     below = [
-        row
-        for row in rows
-        if row.case.trust == "high" and not row.case.completeness and row.measured.statistic == "reserved"
-        if row.measured.bytes - row.predicted_bytes > row.measured.rounding_bytes
+        row.case.id
+        for row in complete
+        if row.measured.statistic == "reserved"
+        if row.measured.bytes - row.predicted_bytes > 1 + row.measured.rounding_bytes
     ]
 
-    assert 2 == len(below) == len({row.case.id for row in below})
-    for row in below:
-        lacking = row.measured.bytes - row.predicted_bytes
-        assert lacking == pytest.approx(2 * MiB, abs=1 + row.measured.rounding_bytes)
+    assert [] == below
+
+
+@pytest.mark.parametrize("name", ["preflight-gpt2-b4-s128", "preflight-gpt2-b8-s256"])
+def test_the_workspace_of_products_with_a_bias_is_the_segment_that_gpt2_reserved(name: str):
+    """Torch 2.11: to the byte. Planned for 2.12, which has none, one segment of the small pool is missing."""
+    case = case_named(name)
+    later = dataclasses.replace(case.behaviour, torch=(2, 12))
+    reserved = case.also_measured[0]
+
+    assert ("reserved", reserved.bytes) == (reserved.statistic, Run(case, case.behaviour).predict("reserved"))
+    assert reserved.bytes - 2 * MiB == Run(case, later).predict("reserved")
 
 
 def test_what_rounding_leaves_open():

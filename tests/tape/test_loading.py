@@ -69,6 +69,24 @@ def test_work_before_loading_leaves_cublas_its_workspaces():
     assert 2 == tape.sizes.count(size)
 
 
+def test_products_with_a_bias_keep_another_workspace_where_cublaslt_has_one():
+    """Qwen2's projections, at the first of them; where the process has multiplied before, from the start."""
+    kept = {"torch": (2, 11)}
+    full = job(loop="memplan")
+    before = dataclasses.replace(Behaviour.for_job(full), products_before=True, **kept)
+    tapes = [
+        write_tape(full, resolve_model("qwen2.5-0.5b"), behaviour=behaviour).flatten()
+        for behaviour in (
+            Behaviour.for_job(full),
+            dataclasses.replace(Behaviour.for_job(full), **kept),
+            before,
+        )
+    ]
+
+    assert [0, 1, 1] == [tape.sizes[1:].count(MiB) for tape in tapes]
+    assert MiB == tapes[2].sizes[3]
+
+
 def test_a_unit_passes_through_the_device_whole():
     """At most all of it twice, and the shard; the shard is left. Two buckets of a broadcast are less."""
     g = Graph()

@@ -56,3 +56,17 @@ def test_rotary_tables_take_the_workspace_where_they_are_a_product(
     places = [written.describe(event).where for event in tape.events if event > 0]
     place = next(place for place in places if place.endswith(WORKSPACE))
     assert place.startswith("model.rotary_emb" if by_product else "model.layers.0"), place
+
+
+def test_products_with_a_bias_have_a_workspace_of_their_own_where_cublaslt_keeps_one() -> None:
+    """One for each thread, at its first such product; backward's products have no bias."""
+    recorder = Recorder(workspace_bytes=1000, bias_workspace_bytes=100)
+    with torch.device("meta"):
+        plain, biased = torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 3)
+        rows = torch.empty(4, 2)
+    with recorder.active():
+        plain(rows)
+        (biased(rows) + biased(rows)).sum().backward()
+    workspaces = [size for size in recorder.sizes if size in (1000, 100)]
+
+    assert workspaces == [1000, 100, 1000]

@@ -13,6 +13,7 @@ from memplan.tape.zero_groups import zero_stage
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (ATen/cuda/CublasHandlePool.cpp)."""
 CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
+CUBLASLT_WORKSPACE_BYTES = 1 << 20
 
 KERNELS = ("triton_loss", "triton_norm", "triton_rotary", "fused_lora")
 """Replacements of transformers' operations: fields of `Behaviour`."""
@@ -118,8 +119,20 @@ class Behaviour:
     (transformers 5, modeling_utils.py, caching_allocator_warmup).
     """
     products_before: bool = False
-    """The process has multiplied matrices, backward too, before it loads the model: cuBLAS has its workspaces."""
+    """
+    The process has multiplied matrices, with a bias and in backward too, before it loads the model: cuBLAS has its
+    workspaces.
+    """
     cublas_workspace_bytes: int = CUBLAS_WORKSPACE_BYTES
+
+    @property
+    def cublaslt_workspace_bytes(self) -> int:
+        """
+        What cuBLASLt, which runs products with a bias, keeps beside cuBLAS's workspace, per handle and stream: torch
+        2.9 to 2.11 (ATen/cuda/CublasHandlePool.cpp, getCUDABlasLtWorkspace; pytorch#156495). Since 2.12 it works in
+        cuBLAS's (#175879); before 2.9 it took as much for every product and gave it back, which is not planned.
+        """
+        return CUBLASLT_WORKSPACE_BYTES if (2, 9) <= self.torch < (2, 12) else 0
 
     def target(self, device: str) -> Target:
         """What chooses attention's kernel on `cuda` or `cpu`."""

@@ -46,6 +46,7 @@ class Graph:
         self.sequence = 0
         self.workspaces: set[str] = set()
         self.workspace_bytes = 0
+        self.bias_workspace_bytes = 0
         self.persistent: list[Any] = []
         self.in_backward = False
         self.units: Units | None = None
@@ -129,21 +130,26 @@ class Graph:
         while held:
             held.pop()
 
-    def claim_workspace(self) -> None:
+    def claim_workspace(self, *, bias: bool = False) -> None:
         """
         cuBLAS keeps one workspace per handle and stream; the thread that runs backward has a handle of its own. Both
-        are made at the thread's first product (backward's here as it begins).
+        are made at the thread's first product (backward's here as it begins). Products with a bias run in cuBLASLt,
+        which may keep one more.
         """
         thread = "backward" if self.in_backward else "forward"
-        if self.workspace_bytes and thread not in self.workspaces:
-            self.workspaces.add(thread)
-            name = f"cuBLAS workspace ({thread})"
-            self.persistent.append(self.storage(self.workspace_bytes, name, category="workspace"))
+        self._keep(f"cuBLAS workspace ({thread})", self.workspace_bytes)
+        if bias:
+            self._keep(f"cuBLASLt workspace ({thread})", self.bias_workspace_bytes)
+
+    def _keep(self, name: str, num_bytes: int) -> None:
+        if num_bytes and name not in self.workspaces:
+            self.workspaces.add(name)
+            self.persistent.append(self.storage(num_bytes, name, category="workspace"))
 
     def claim_workspaces(self) -> None:
         """Those of both threads, for a process that has used cuBLAS before."""
         for self.in_backward in (True, False):
-            self.claim_workspace()
+            self.claim_workspace(bias=not self.in_backward)
 
     def recategorize(self, tensor: Tensor, category: str, name: str) -> None:
         """A gradient that a parameter keeps was an activation's until now: name it for what it becomes."""

@@ -109,7 +109,7 @@ def matmul(
         kept.reverse()  # addmm lets go of the first operand first, mm of the second
     saved = g.save(*kept) if needed else None
     del kept
-    g.claim_workspace()
+    g.claim_workspace(bias=bias is not None)
     out = g.new((*x.shape[:-1], out_features), x.dtype, "output")
     if saved is not None:
         extra = (x.shape, weight.shape, conv)
@@ -160,7 +160,7 @@ def matmul_4bit(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     x = cast(g, x, layer.dtype)
     weight = dequantized(g, layer)
     low_weight, low_x = _to_compute_dtype(g, weight), _to_compute_dtype(g, x)
-    g.claim_workspace()
+    g.claim_workspace(bias=layer.bias is not None)
     out = g.new((*x.shape[:-1], layer.out_features), low_x.dtype, "output")
     del low_x, low_weight, weight
     if g.needs(x):

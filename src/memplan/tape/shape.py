@@ -64,6 +64,7 @@ def record(
     g.target = behaviour.target(device)
     if device == "cuda":
         g.workspace_bytes = behaviour.cublas_workspace_bytes
+        g.bias_workspace_bytes = behaviour.cublaslt_workspace_bytes
     g.autocast = job.autocast
     recording = Recording(g, layers=tuple(layers))
     recording.mark("load", 0)

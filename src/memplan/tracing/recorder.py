@@ -59,6 +59,7 @@ class Recorder(Storages, TorchDispatchMode):
         device_type: of the tensors that are recorded: `meta`, or `cpu` to follow a real run.
         handlers: operator name to what runs instead of it.
         workspace_bytes: of cuBLAS, per thread; 0 for a CPU.
+        bias_workspace_bytes: of cuBLASLt, which runs products with a bias, per thread; 0 where it has none of its own.
         kernel_scratch: count the memory that CUDA kernels take inside operations.
     """
 
@@ -68,6 +69,7 @@ class Recorder(Storages, TorchDispatchMode):
         device_type: str = "meta",
         handlers: dict[str, Handler] | None = None,
         workspace_bytes: int = 0,
+        bias_workspace_bytes: int = 0,
         kernel_scratch: bool = True,
     ) -> None:
         TorchDispatchMode.__init__(self)
@@ -75,6 +77,7 @@ class Recorder(Storages, TorchDispatchMode):
         self.shadows = Shadows(device_type)
         self.handlers = handlers or {}
         self.workspace_bytes = workspace_bytes
+        self.bias_workspace_bytes = bias_workspace_bytes
         self.kernel_scratch = kernel_scratch
         self.unknown_values = 0
         """How often code asked for a value that meta tensors have not: the answer was 1."""
@@ -121,7 +124,7 @@ class Recorder(Storages, TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         if self.workspace_bytes and (operation.is_product or self._phase == "backward"):
-            self._claim_workspace()
+            self._claim_workspace(bias=operation.name == "aten::addmm" and args[0].dim() == 1)
         known = self.shadows.evaluate(operation.name, func, args, kwargs)
         if known is None and operation.writes:
             self.shadows.forget(args[0])
@@ -162,13 +165,18 @@ class Recorder(Storages, TorchDispatchMode):
         )
         return operation
 
-    def _claim_workspace(self) -> None:
+    def _claim_workspace(self, *, bias: bool) -> None:
         # The thread that runs backward has a cuBLAS handle of its own. Its workspace comes with its first product; here
         # it comes as backward begins, so that blocks stay alike.
         thread = "forward" if torch._C._current_autograd_node() is None else "backward"
-        if thread not in self._workspaces:
-            self._workspaces.add(thread)
-            self.persistent(self.workspace_bytes, f"cuBLAS workspace ({thread})")
+        self._keep(f"cuBLAS workspace ({thread})", self.workspace_bytes)
+        if bias:
+            self._keep(f"cuBLASLt workspace ({thread})", self.bias_workspace_bytes)
+
+    def _keep(self, name: str, num_bytes: int) -> None:
+        if num_bytes and name not in self._workspaces:
+            self._workspaces.add(name)
+            self.persistent(num_bytes, name)
 
     def _read(self, tensor: torch.Tensor, known: Any) -> Any:
         if known is not None:
