@@ -106,11 +106,7 @@ def trace_job(
 def _refuse_untraced(job: Job) -> None:
     """What loops are not traced with."""
     if job.loop == "memplan":
-        if is_sharded(job) and job.offload.optimizer and not job.offload.params:
-            raise TraceError(
-                "memplan's own loop, which is traced, has no `offload.optimizer` alone with sharded weights",
-                hint="use `--engine shape`, or `--set offload.params=true`, which offloads the states as well",
-            )
+        _refuse_unshardable(job)
         return
     if job.world_size > 1 or job.offload.params:
         raise TraceError(
@@ -122,6 +118,23 @@ def _refuse_untraced(job: Job) -> None:
         raise TraceError(
             "`loop: script` is traced with the model's own loss, not with `loss: chunked`",
             hint="use `--engine shape`, or `--set loss=full`",
+        )
+
+
+def _refuse_unshardable(job: Job) -> None:
+    """What torch and our own loop cannot do with FSDP2's shards."""
+    if not is_sharded(job):
+        return
+    if job.offload.optimizer and not job.offload.params:
+        raise TraceError(
+            "memplan's own loop, which is traced, has no `offload.optimizer` alone with sharded weights",
+            hint="use `--engine shape`, or `--set offload.params=true`, which offloads the states as well",
+        )
+    if job.optimizer == "adafactor" or (job.optimizer, job.optimizer_kernel) == ("sgd", "fused"):
+        kernel = " with `optimizer_kernel: fused`" if job.optimizer == "sgd" else ""
+        raise TraceError(
+            f"torch's `optimizer: {job.optimizer}`{kernel} cannot step sharded weights",
+            hint="use `--set optimizer=adamw`, or `--engine shape`",
         )
 
 
