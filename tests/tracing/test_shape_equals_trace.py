@@ -69,6 +69,7 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ),
     ("llama", {"method": "lora", "packing": True, "loop": "script"}),
     ("gemma", {"loop": "script", CKPT: "full", "attention": "eager"}),
+    ("gemma", {"method": "lora", "gpu": "Tesla T4"}),
     ("gemma2", {"method": "lora", "attention": "eager", "loss": "chunked"}),
     ("gemma3", {"method": "lora", CKPT: "selective"}),
     ("phi3", {"attention": "eager", CKPT: "full", "max_seq_len": 256}),

@@ -10,12 +10,16 @@ from memplan.tape.scratch import softmax_backward
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Tensor
 
 
-def repeat_heads(g: Graph, x: Tensor, groups: int) -> Tensor:
-    """repeat_kv: key and value heads copied once per query head of their group; backward sums over the copies."""
+def repeat_heads(g: Graph, x: Tensor, groups: int, *, interleaved: bool = False) -> Tensor:
+    """
+    repeat_kv, or `interleaved` repeat_interleave: key and value heads copied once per query head of their group;
+    backward sums over the copies.
+    """
     batch, heads, length, head_dim = x.shape
     shape = (batch, heads * groups, length, head_dim)
-    # A single head is repeated by a stride of 0, which a product of several sequences copies.
-    out = alias(x, shape, transposed=True) if heads == 1 else g.new(shape, x.dtype, "repeated heads")
+    # repeat_kv repeats a single head by a stride of 0, which a product of several sequences copies.
+    is_view = heads == 1 and not interleaved
+    out = alias(x, shape, transposed=True) if is_view else g.new(shape, x.dtype, "repeated heads")
     if g.needs(x):
         g.record(out, (x,), [], _repeat_backward, x.shape)
     return out

@@ -227,7 +227,7 @@ def run_math(
         del zero, lowest, lower
     groups = heads // key.shape[1]
     if groups > 1 and told_of_groups:
-        key, value = repeat_heads(g, key, groups), repeat_heads(g, value, groups)
+        key, value = (repeat_heads(g, x, groups, interleaved=True) for x in (key, value))
     scores = batched_matmul(g, scaled_query, scale(g, key, "scaled key"), length, columns_first=True)
     scores = _safe_softmax(g, scores)
     scores = dropout(g, scores, probability)
