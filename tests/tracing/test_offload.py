@@ -9,7 +9,9 @@ import pytest
 from memplan.budget.estimate import estimate
 from memplan.errors import TraceError
 from memplan.model import architecture_from_config
+from memplan.tracing import writer
 from memplan.tracing.estimate import estimate_traced
+from memplan.tracing.host import HostMemory
 from tracing.comparison import compare
 from tracing.test_shape_equals_trace import assert_equal
 from tracing.tiny import CONFIGS, job
@@ -86,6 +88,7 @@ def test_what_no_loop_does_is_refused(settings: dict[str, Any], message: str) ->
             SHARDED
             | {"parallel__strategy": "HYBRID_SHARD", "parallel__dp_replicate": 2, "offload__params": True},
         ),
+        ("llama", SHARDED | {"offload__params": True, "method": "qlora", "lora__dtype": "bfloat16"}),
         ("qwen3", {"method": "npt", "load__ram_efficient": False}),
         ("llama", {"optimizer": "paged_adamw", "method": "lora"}),
     ],
@@ -97,3 +100,35 @@ def test_both_engines_say_the_same_host_memory(model: str, settings: dict[str, A
     traced = estimate_traced(task, config)[1]
     assert planned.host == traced.host
     assert planned.host is not None and planned.host.peak_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dtype": "float32", "autocast": "bfloat16"},
+        {"method": "lora", "lora__dtype": "bfloat16"},
+        {"method": "qlora"},
+        {"method": "npt"},
+    ],
+    ids=str,
+)
+def test_host_memory_holds_what_the_trace_puts_there(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of all ranks with their gradients and states, but for Adam's counts of steps."""
+    made: list[HostMemory] = []
+
+    class Counted(HostMemory):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(writer, "HostMemory", Counted)
+    task = job(**SHARDED | settings | {"offload__params": True})
+    config = CONFIGS["llama"] | {"hidden_size": 256, "intermediate_size": 704}
+    writer.trace_job(task, config, whole=True)
+    planned = estimate(task, architecture_from_config(config, name="tiny", source="test")).host
+    assert planned is not None
+    (host,) = made
+    assert task.world_size * host.peak_bytes == pytest.approx(planned.peak_bytes, rel=0.001)

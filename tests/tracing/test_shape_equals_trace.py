@@ -62,7 +62,10 @@ GRID: list[tuple[str, dict[str, Any]]] = [
         {"method": "qlora", "dtype": "float32", "autocast": "bfloat16", "quantization__double_quant": False},
     ),
     ("llama", {"method": "qlora", "quantization__kbit_preparation": True, "loop": "script"}),
+    ("qwen2", {"method": "qlora", "dtype": "float32", "autocast": "bfloat16"}),
+    ("qwen2", {"method": "qlora", "quantization__kbit_preparation": True, CKPT: "full"}),
     ("qwen2", {"method": "npt", "npt__rank": 4, "npt__quantized_base": True}),
+    ("llama, wide heads", {}),
     (
         "qwen2",
         MATERIALISED | {"npt__variant": "linear", "dtype": "float32", "autocast": "bfloat16"},
@@ -70,6 +73,7 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"method": "lora", "packing": True, "loop": "script"}),
     ("gemma", {"loop": "script", CKPT: "full", "attention": "eager"}),
     ("gemma", {"method": "lora", "gpu": "Tesla T4"}),
+    ("gemma2", {"method": "qlora", "attention": "eager", "quantization__kbit_preparation": True}),
     ("gemma2", {"method": "lora", "attention": "eager", "loss": "chunked"}),
     ("gemma3", {"method": "lora", CKPT: "selective"}),
     ("phi3", {"attention": "eager", CKPT: "full", "max_seq_len": 256}),
@@ -108,12 +112,7 @@ NEARLY: list[tuple[str, dict[str, Any]]] = [
             "npt__components": 2,
         },
     ),
-    (
-        "qwen2",
-        {"method": "qlora", "dtype": "float32", "autocast": "bfloat16", "quantization__double_quant": False},
-    ),
     ("llama", {"method": "lora", "loss": "fused", "data__special_tokens": "[<a>]"}),
-    ("llama", {"method": "qlora", "parallel__strategy": "FULL_SHARD", "parallel__dp_shard": 2}),
 ]
 """What docs/tracing.md lists: other events, nearly the same peak."""
 
@@ -181,6 +180,9 @@ NPT_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 WITHOUT_PROJECTIONS = ("falcon", "falcon, grouped", "gpt2", "gpt_bigcode", "gpt_neox", "phi3")
 """Models whose query, key and value are one product."""
 
+WITHOUT_LINEARS = ("falcon", "falcon, grouped", "gpt2", "gpt_bigcode")
+"""What they have in place of torch's linear layers is not packed by `memplan train`."""
+
 
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[str, Job]:
@@ -202,7 +204,12 @@ def jobs(draw: st.DrawFn) -> tuple[str, Job]:
         )
     )
     can_be_npt = family.split(",")[0] in NPT_MODELS
-    method = draw(st.sampled_from(["full", "lora", "npt"] if can_be_npt else ["full", "lora"]))
+    methods = ["full", "lora"]
+    if can_be_npt:
+        methods.append("npt")
+    if family not in WITHOUT_LINEARS:
+        methods.append("qlora")
+    method = draw(st.sampled_from(methods))
     fields: dict[str, Any] = {
         "method": method,
         "dtype": dtype,
@@ -219,7 +226,10 @@ def jobs(draw: st.DrawFn) -> tuple[str, Job]:
         fields["train__max_grad_norm"] = 1.0
     if draw(st.booleans()):
         fields["train__weight_decay"] = 0.1
-    if method == "lora":
+    if method == "qlora":
+        fields["quantization__double_quant"] = draw(st.booleans())
+        fields["quantization__kbit_preparation"] = draw(st.booleans())
+    if method in ("lora", "qlora"):
         fields["lora__dtype"] = draw(st.sampled_from(["float32", "bfloat16"]))
         fields["lora__dropout"] = draw(st.sampled_from([0.0] if family == "mixtral" else [0.0, 0.1]))
     with_head = False

@@ -27,6 +27,7 @@ HYBRID_SHARD = {"parallel__strategy": "HYBRID_SHARD", "parallel__dp_shard": 4, "
 STRATEGIES = (DDP, FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD)
 NPT = {"method": "npt", "npt__rank": 4}
 LORA = {"method": "lora"}
+QLORA = {"method": "qlora"}
 WIDE = CONFIGS["llama"] | {"hidden_size": 256, "intermediate_size": 704, "num_key_value_heads": 4}
 
 JOBS: list[tuple[str, dict[str, Any]]] = [
@@ -49,6 +50,14 @@ JOBS: list[tuple[str, dict[str, Any]]] = [
     ("llama", HYBRID_SHARD | LORA | {CKPT: "full", ACCUMULATION: 2}),
     ("qwen3", HYBRID_SHARD | NPT),
     ("llama", FULL_SHARD | NPT | {"offload__params": True, "train__max_grad_norm": 1.0}),
+    ("wide", DDP | QLORA | {CKPT: "full"}),
+    ("wide", FULL_SHARD | QLORA | {CKPT: "full"}),
+    ("qwen2", FULL_SHARD | QLORA | MIXED | {"quantization__double_quant": False, ACCUMULATION: 2}),
+    ("llama", FULL_SHARD | QLORA | {"offload__params": True, "quantization__skip": "[]"}),
+    ("llama", FULL_SHARD | QLORA | {"quantization__kbit_preparation": True, "lora__dtype": "bfloat16"}),
+    ("wide", SHARD_GRAD_OP | QLORA),
+    ("llama", HYBRID_SHARD | QLORA | {CKPT: "selective", "data__special_tokens": "[<a>,<b>,<c>]"}),
+    ("llama", FULL_SHARD | NPT | {"npt__quantized_base": True}),
     ("llama", SHARD_GRAD_OP | LORA | {"data__special_tokens": "[<a>,<b>,<c>]"}),
 ]
 
@@ -64,20 +73,10 @@ def test_every_event_is_that_of_the_trace(model: str, fields: dict[str, Any]) ->
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "checkpointing"),
-    [(DDP, "none"), (FULL_SHARD, "full"), (SHARD_GRAD_OP, "none"), (HYBRID_SHARD, "full")],
-    ids=str,
-)
-def test_4bit_bases_peak_where_the_trace_does(strategy: dict[str, Any], checkpointing: str) -> None:
-    shape, trace = compare(job(**strategy, method="qlora", **{CKPT: checkpointing}), WIDE).peaks()
-    assert abs(shape / trace - 1) < 0.005
-
-
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[str, Job]:
     """A tiny model and a job of it on several ranks."""
-    method = draw(st.sampled_from([{}, MIXED, LORA, LORA | {"dtype": "float32"}, NPT]))
+    method = draw(st.sampled_from([{}, MIXED, LORA, QLORA, LORA | {"dtype": "float32"}, NPT]))
     fields = draw(st.sampled_from(STRATEGIES)) | method
     if method is not NPT:
         fields |= {CKPT: draw(st.sampled_from(["none", "full", "selective"]))}
@@ -92,7 +91,10 @@ def jobs(draw: st.DrawFn) -> tuple[str, Job]:
         ACCUMULATION: draw(st.sampled_from([1, 2, 3])),
         "train__weight_decay": draw(st.sampled_from([0.0, 0.1])),
     }
-    return draw(st.sampled_from(["llama", "qwen2, tied", "gpt2"])), job(**fields)
+    models = ["llama", "qwen2, tied", "gpt2"]
+    if method is QLORA:
+        models.pop()  # it has nothing to pack
+    return draw(st.sampled_from(models)), job(**fields)
 
 
 @settings(max_examples=int(os.environ.get("MEMPLAN_EXAMPLES", "3")), derandomize=True)

@@ -61,6 +61,7 @@ CONFIGS |= {
 CONFIGS["gemma"]["num_key_value_heads"] = 1
 CONFIGS["falcon, grouped"] = CONFIGS["falcon"] | {"new_decoder_architecture": True, "num_kv_heads": 2}
 CONFIGS["llama, as many key heads"] = CONFIGS["llama"] | {"num_key_value_heads": 4}
+CONFIGS["llama, wide heads"] = CONFIGS["llama"] | {"head_dim": 320}
 CONFIGS["mistral, sliding"] = CONFIGS["mistral"] | {"sliding_window": 96}
 CONFIGS["qwen2, tied"] = CONFIGS["qwen2"] | {"tie_word_embeddings": True}
 

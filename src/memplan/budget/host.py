@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from memplan.budget.count import count_parameters
@@ -11,6 +10,7 @@ from memplan.job.spec import DTYPE_BYTES, Job
 from memplan.model.architecture import Architecture
 from memplan.model.tensors import num_parameters, parameters
 from memplan.tape.optimizer import SMALL_PAGED_ELEMENTS
+from memplan.tape.packing import num_packed, packed_bytes
 from memplan.tape.shape import checkpointed_layers
 from memplan.tape.sharding import layout
 from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
@@ -26,6 +26,8 @@ class HostSizes(NamedTuple):
     embedding: int
     hidden_size: int
     num_layers: int
+    packed: int = 0
+    """Of the base, those that are in 4 bits."""
 
 
 def host_memory(job: Job, architecture: Architecture) -> Host:
@@ -37,6 +39,7 @@ def host_memory(job: Job, architecture: Architecture) -> Host:
         embedding=architecture.vocab_size * architecture.hidden_size,
         hidden_size=architecture.hidden_size,
         num_layers=architecture.num_hidden_layers,
+        packed=num_packed(job, architecture),
     )
     return host_of(job, sizes)
 
@@ -74,13 +77,18 @@ def _loading(job: Job, sizes: HostSizes) -> tuple[int, str]:
 
 
 def _parameters(job: Job, sizes: HostSizes) -> tuple[int, str]:
-    """Offloaded shards of the parameters and of the gradients that train; replicas each keep their own."""
+    """
+    Offloaded shards of the parameters, adapters included, and of the gradients of those that train; replicas each keep
+    their own. Constants of packed weights, and NPT's tensors, are on the device.
+    """
     if not job.offload.params:
         return 0, ""
-    replicas = 1 if zero_stage(job) else job.world_size // layout(job).parameters
-    gradients = 0 if zero_stage(job) else sizes.trainable * 4
-    num_bytes = sizes.base * DTYPE_BYTES[job.dtype] + gradients
-    return num_bytes * replicas, "offloaded shards"
+    base = (sizes.base - sizes.packed) * DTYPE_BYTES[job.dtype] + packed_bytes(sizes.packed)
+    if zero_stage(job):
+        return base, "offloaded shards"
+    with_gradients = {"full": 1, "npt": 0}.get(job.method, 2)
+    trained = sizes.trainable * _trained_itemsize(job) * with_gradients
+    return (base + trained) * (job.world_size // layout(job).parameters), "offloaded shards"
 
 
 def _optimizer(job: Job, sizes: HostSizes) -> tuple[int, str]:
@@ -93,7 +101,7 @@ def _optimizer(job: Job, sizes: HostSizes) -> tuple[int, str]:
     if zero_stage(job) and (job.offload.optimizer or job.offload.params):
         return _zero_optimizer(job, sizes), "partitions of the optimizer: pinned, and the states"
     if layout(job).optimizer_on_host:
-        states = sizes.trainable * _state_bytes(job)
+        states = sizes.trainable * _state_bytes(job, _trained_itemsize(job))
         if job.offload.params:
             return states * replicas, "offloaded states"
         # train/host_optimizer.py: one pinned buffer of each, where what trains has one dtype.
@@ -101,7 +109,7 @@ def _optimizer(job: Job, sizes: HostSizes) -> tuple[int, str]:
         return (states + copies) * replicas, "states, and pinned copies of weights and gradients"
     if job.optimizer.startswith("paged"):
         note = f"paged states (of tensors from {SMALL_PAGED_ELEMENTS} elements on), at worst"
-        return sizes.trainable * _state_bytes(job) * replicas, note
+        return sizes.trainable * _state_bytes(job, 4) * replicas, note
     return 0, ""
 
 
@@ -117,7 +125,7 @@ def _zero_optimizer(job: Job, sizes: HostSizes) -> int:
         pinned.pop(0)  # master weights are not pinned
     if zero_stage(job) == 2 and job.gradient_accumulation_steps > 1:
         pinned.append(DTYPE_BYTES[deepspeed.dtype])
-    states = _state_bytes(replace(deepspeed, dtype="float32"))
+    states = _state_bytes(job, 4)
     pageable = states + (4 if zero_stage(job) == 3 else 0)
     per_rank = sum(pinned_bytes(itemsize * partition) for itemsize in pinned) + pageable * partition
     return per_rank * job.parallel.dp_shard
@@ -134,12 +142,11 @@ def _trained_itemsize(job: Job) -> int:
     return DTYPE_BYTES[dtypes.get(job.method, job.lora.dtype)]
 
 
-def _state_bytes(job: Job) -> int:
-    """Bytes of optimizer state per trained parameter."""
+def _state_bytes(job: Job, itemsize: int) -> int:
+    """Bytes of optimizer state per trained number, whose states have so many bytes."""
     if "8bit" in job.optimizer:
         return 2
-    per_state = 4 if job.method != "full" or job.optimizer.startswith("paged") else DTYPE_BYTES[job.dtype]
-    return {"sgd": 0, "lion": 4, "adafactor": 0}.get(job.optimizer, 2 * per_state)
+    return {"sgd": 0, "lion": 4, "adafactor": 0}.get(job.optimizer, 2 * itemsize)
 
 
 def _activations(job: Job, sizes: HostSizes) -> tuple[int, str]:

@@ -56,7 +56,8 @@ class Buffer(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str | None
+    """None: that of the weights."""
     layer: int | None
 
 

@@ -20,6 +20,9 @@ from memplan.tape.products import batched_matmul, repeat_heads, softmax
 from memplan.tape.sdpa import merged_copy, run_kernel, run_math
 from memplan.tape.tensors import Tensor
 
+MOST_GROUPED_CHANNELS = 256
+"""Of a head, where transformers leaves groups of heads to sdpa."""
+
 
 def rotate_half(g: Graph, x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
@@ -91,7 +94,8 @@ def attention(
     groups = query.shape[1] // key.shape[1]
     masked = mask is not None
     padded = padded or masked
-    if (repeated or masked) and told_of_groups and groups > 1:
+    takes_groups = not (repeated or masked) and query.shape[-1] <= MOST_GROUPED_CHANNELS
+    if told_of_groups and groups > 1 and not takes_groups:
         key, value = repeat_heads(g, key, groups), repeat_heads(g, value, groups)
         groups = 1
     is_package = implementation == "flash_attention_2" and g.device == "cuda"

@@ -54,6 +54,12 @@ class Fsdp2Units:
         self.all_reduced: dict[int | None, Tensor] = {}
         """With replicas, what the last reduction of a unit was made in."""
 
+    def check(self, layer: int | None) -> None:
+        """`unshard` and `reshard` outside forward and backward: on the stream at hand, and nothing is kept."""
+        self._unshard(layer, in_step=False)
+        self._wait_for_unshard(layer, in_forward=False)
+        self.unsharded.pop(layer, None)
+
     # -- forward -------------------------------------------------------------------------------------------
 
     def before_forward(self, layer: int | None, x: Tensor | None) -> None:
@@ -120,12 +126,12 @@ class Fsdp2Units:
 
     # -- gathering -----------------------------------------------------------------------------------------
 
-    def _unshard(self, layer: int | None) -> None:
+    def _unshard(self, layer: int | None, *, in_step: bool = True) -> None:
         """FSDPParamGroup.unshard, foreach_all_gather."""
         parts, ranks = self.contents.parts.get(layer), self.layout.parameters
         if not parts or ranks == 1 or layer in self.gathered or layer in self.unsharded:
             return
-        with self.g.on_stream(GATHER_STREAM):
+        with self.g.on_stream(GATHER_STREAM if in_step else 0):
             inputs = self._inputs(parts)
             num_bytes = sum(self._local_numel(part) * ITEMSIZE[part.dtype] for part in parts)
             self.gathered[layer] = self.g.storage(num_bytes * ranks, "all-gather output", category="comm")

@@ -158,14 +158,30 @@ def matmul_4bit(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     """
     dtype = x.dtype
     x = cast(g, x, layer.dtype)
+    if layer.bias is not None and layer.bias.dtype != x.dtype:
+        _convert_bias(g, layer.bias, x.dtype)
     weight = dequantized(g, layer)
     low_weight, low_x = _to_compute_dtype(g, weight), _to_compute_dtype(g, x)
+    low_bias = None if layer.bias is None else _to_compute_dtype(g, layer.bias)
     g.claim_workspace(bias=layer.bias is not None)
     out = g.new((*x.shape[:-1], layer.out_features), low_x.dtype, "output")
-    del low_x, low_weight, weight
+    del low_bias, low_x, low_weight, weight
     if g.needs(x):
         g.record(out, (x,), [], _matmul_4bit_backward, (x.shape, layer))
     return cast(g, out, dtype)
+
+
+def _convert_bias(g: Graph, bias: Parameter, dtype: str) -> None:
+    """
+    Linear4bit gives its bias the dtype of what it computes, once and for good. Where FSDP has gathered it, that is a
+    copy which FSDP does not know of, and which stays.
+    """
+    converted = g.new(bias.shape, dtype, f"{bias.name} in {dtype}", "weights")
+    if g.units is not None:
+        g.persistent.append(converted)
+    else:
+        bias.storage = converted.storage
+    bias.dtype = dtype
 
 
 def _to_compute_dtype(g: Graph, tensor: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 The model as the programs run it: parameters in device memory, linear layers with their adapters, blocks.
 
 `build` allocates in the order of loading: the base weights in module order, 4-bit layers packed one by one, then what
-the method adds. Only the blocks asked for are built (repeat.py), each under its own index.
+the method adds. Where FSDP2 cuts the model, shards come first, all of them, and are filled then. Only the blocks asked
+for are built (repeat.py), each under its own index.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from memplan.job.spec import Job
-from memplan.model.architecture import Architecture
+from memplan.model.architecture import Architecture, Buffer
 from memplan.model.families import layout as layout_of
 from memplan.model.families.layout import Module
 from memplan.npt.layers import check_target, modulator_shapes
@@ -20,7 +22,7 @@ from memplan.tape.ddp import Buckets
 from memplan.tape.experts import Stack, StackAdapter
 from memplan.tape.graph import Graph
 from memplan.tape.linear import Adapter, Linear
-from memplan.tape.packing import DYNAMIC_MAP_BYTES, cpu_packing_scratch, pack
+from memplan.tape.packing import make_map, pack, packed_bytes, packs, packs_module
 from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
 from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape
 from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
@@ -44,7 +46,6 @@ class Builder:
         self.job = job
         self.architecture = architecture
         self.full = job.method == "full"
-        self.quantized = job.has_4bit_base
         self.modules = layout_of(architecture)
         self.block_name = f"{self.modules.block_prefix}.{{layer}}"
         self.base: list[Parameter] = []
@@ -54,7 +55,16 @@ class Builder:
         self.to_wrap: list[ToWrap] = []
         self.partition_degree = job.parallel.dp_shard if zero_stage(job) == 3 else 0
         """Ranks that every tensor is cut over by itself: stage 3 of ZeRO; 0 for none."""
+        self.is_prepared = job.method == "qlora" and job.quantization.kbit_preparation
+        self.cuts = self.layout.gathers and not self.flat
+        """FSDP2: tensors have memory for a part of them before they are filled."""
+        self.base_dtype = "float32" if self.is_prepared and self.cuts else job.dtype
+        """Of what is not packed: peft prepares a model before FSDP2 cuts it, and a whole one when it is loaded."""
         self.parameters: list[Parameter] = []
+        self.to_pack: list[tuple[int | None, str, Linear]] = []
+        """4-bit layers that have shards, and are to be packed: block, name, and the layer."""
+        self.packed_shapes: dict[tuple[int, ...], int | None] = {}
+        """Of sharded 4-bit layers, (out, in) and the block of the first one."""
         self.whole: dict[str, list[int]] = {}
         """Tensors that are whole for a moment on their way into shards, with what making them takes."""
 
@@ -77,7 +87,7 @@ class Builder:
         """
         g, cut = self.g, 1 if whole else self.layout.parameters
         made: Tensor | None = None
-        stored = dtype or self.job.dtype
+        stored = dtype or self.base_dtype
         trains = self.full if trainable is None else trainable
         local = shard_shape(shape, cut)
         if (
@@ -117,7 +127,7 @@ class Builder:
             if spec.transposed
             else (spec.out_features, spec.in_features)
         )
-        quantized = self.packs(spec)
+        quantized = packs(job, spec.path, transposed=spec.transposed)
         linear = Linear(
             name=spec.path,
             in_features=spec.in_features,
@@ -129,77 +139,72 @@ class Builder:
             quantized=quantized,
             double_quant=job.quantization.double_quant,
         )
-        if quantized:
-            linear.held = self.pack(name, spec, layer)
+        if quantized and self.layout.gathers:
+            self.packed_shard(name, shape, layer)
+        if quantized and self.cuts:
+            self.to_pack.append((layer, name, linear))
+        elif quantized:
+            linear.held = pack(self.g, job, name, shape, on_device=not self.flat)
         else:
             linear.weight = self.parameter(f"{name}.weight", shape, layer)
         if spec.bias:
             linear.bias = self.parameter(f"{name}.bias", (spec.out_features,), layer)
         return linear
 
-    def pack(self, name: str, spec: LinearSpec, layer: int | None) -> list[Tensor]:
-        """Quantise on the device: the 16-bit weight is there until its packed form is."""
-        g = self.g
-        weight = None
-        if not self.flat:
-            weight = g.new(
-                (spec.out_features, spec.in_features),
-                self.job.dtype,
-                f"{name}.weight before packing",
-                "workspace",
-            )
-        num_elements = spec.in_features * spec.out_features
-        if g.device == "cpu":
-            scratch = cpu_packing_scratch(num_elements, self.job.dtype, self.job.quantization.type)
-            g.scratch(*scratch, name=f"{name} being packed")
-            if self.layout.gathers:
-                self.whole[name] = [num_elements * ITEMSIZE[self.job.dtype], *scratch]
-        packed_bytes = -(-num_elements // 2)
-        local_bytes: int | None = packed_bytes
-        if self.layout.gathers:
-            part = Part(name, (packed_bytes,), "uint8", "uint8")
-            self.contents.parts.setdefault(layer, []).append(part)
-            if self.flat:
-                self.to_wrap.append(ToWrap(layer, part))
-            on_device = not (self.layout.params_on_host or self.flat)
-            local_bytes = -(-packed_bytes // self.layout.parameters) if on_device else None
-        held = pack(
-            g, name, num_elements, double_quant=self.job.quantization.double_quant, local_bytes=local_bytes
-        )
-        del weight
-        return held
+    def packed_shard(self, name: str, shape: tuple[int, ...], layer: int | None) -> None:
+        """This rank's part of a packed weight, which has its memory before it is filled."""
+        self.packed_shapes.setdefault(shape, layer)
+        part = Part(name, (packed_bytes(prod(shape)),), "uint8", "uint8")
+        self.contents.parts.setdefault(layer, []).append(part)
+        if self.flat:
+            self.to_wrap.append(ToWrap(layer, part))
+        elif not self.layout.params_on_host:
+            local = shard_shape(part.shape, self.layout.parameters)
+            self.g.persistent.append(self.g.new(local, "uint8", f"{name} packed weight", "weights"))
+
+    def fill_packed_shards(self) -> None:
+        """
+        Every weight is packed whole; of that a rank copies its part (train/skeleton.py). The constants stay whole.
+        """
+        self.g.begin("load_packed")
+        for layer, name, linear in self.to_pack:
+            self.g.enter(layer)
+            shape = (linear.out_features, linear.in_features)
+            linear.held = pack(self.g, self.job, name, shape)[1:]
+        self.g.enter(None)
+        self.to_pack.clear()
 
     def build(self, npt_layers: frozenset[int], checkpointed: frozenset[int]) -> Model:
         g, job, architecture, modules = self.g, self.job, self.architecture, self.modules
         g.begin("load")
         if self.behaviour.loads_on_device:
             g.scratch(
-                checkpoint_bytes(architecture, job.dtype, self.packs_module),
+                checkpoint_bytes(architecture, job.dtype, lambda module: packs_module(job, module)),
                 name="room for the model's weights",
             )
-        buffers = {}
         tokens, *positions = modules.before
         outside = self.outer((tokens,))
         embedding = next(iter(outside.values()))
         self.keep_rows(embedding)
+        of_tokens = [buffer for buffer in modules.buffers if buffer.name.startswith(f"{tokens.name}.")]
+        others = [buffer for buffer in modules.buffers if buffer not in of_tokens]
+        buffers = self.buffers(of_tokens)
         outside |= self.outer(tuple(positions))
         if modules.buffers_before_blocks:
-            buffers = self.buffers()
-        if job.has_4bit_base and job.quantization.double_quant:
-            g.persistent.append(
-                g.storage(DYNAMIC_MAP_BYTES, "bitsandbytes' map of constants", category="quant_state")
-            )
+            buffers |= self.buffers(others)
+        if not self.cuts:
+            make_map(g, job)
         blocks = [self.block(layer, layer in checkpointed) for layer in self.layers]
         g.begin("load_rest")
-        *others, head_module = modules.after
+        *after, head_module = modules.after
         linears = {}
-        for module in others:
+        for module in after:
             if module.role == "linear":
                 linears[module.name] = self.linear(linear_spec(module), None, "")
             else:
                 outside |= self.outer((module,))
         if not modules.buffers_before_blocks:
-            buffers = self.buffers()
+            buffers |= self.buffers(others)
         spec = linear_spec(head_module)
         head = Linear(spec.path, spec.in_features, spec.out_features, embedding, dtype=self.job.dtype)
         head.bias = outside.get(modules.head_bias)
@@ -207,8 +212,13 @@ class Builder:
             head = self.linear(spec, None, "")
             self.keep_rows(head.weight)
         model = Model(architecture, blocks, embedding, head, outside, buffers, linears)
-        self.prepare_kbit(model)
-        self.attach_adapters(model)
+        if self.cuts:
+            self.attach_adapters(model)
+            make_map(g, job)
+            self.fill_packed_shards()
+        else:
+            self.prepare_kbit()
+            self.attach_adapters(model)
         fill_shards(g, self.whole)
         self.attach_npt(model, npt_layers)
         if self.flat:
@@ -220,22 +230,12 @@ class Builder:
         self.make_buckets(model)
         return model
 
-    def buffers(self) -> dict[str, Tensor]:
+    def buffers(self, buffers: Sequence[Buffer]) -> dict[str, Tensor]:
         """By name."""
         return {
-            buffer.name: self.g.new(buffer.shape, buffer.dtype, buffer.name, "weights")
-            for buffer in self.modules.buffers
+            buffer.name: self.g.new(buffer.shape, buffer.dtype or self.job.dtype, buffer.name, "weights")
+            for buffer in buffers
         }
-
-    def packs_module(self, module: Module) -> bool:
-        return module.role in ("linear", "head") and self.packs(linear_spec(module))
-
-    def packs(self, spec: LinearSpec) -> bool:
-        """Whether a layer's weight is quantised."""
-        skipped = any(
-            spec.path == skip or spec.path.endswith(f".{skip}") for skip in self.job.quantization.skip
-        )
-        return self.quantized and not skipped and not spec.transposed
 
     def outer(self, modules: tuple[Module, ...]) -> dict[str, Parameter]:
         """Parameters of modules outside the blocks, by name."""
@@ -272,9 +272,9 @@ class Builder:
             num_layers = self.architecture.num_hidden_layers
             model.buckets = Buckets(self.g, model.trainable, self.layers, num_layers)
 
-    def prepare_kbit(self, model: Model) -> None:
+    def prepare_kbit(self) -> None:
         """peft's prepare_model_for_kbit_training: every parameter that is not packed becomes float32, one by one."""
-        if not (self.job.method == "qlora" and self.job.quantization.kbit_preparation):
+        if not self.is_prepared:
             return
         g = self.g
         g.begin("kbit")

@@ -1,24 +1,71 @@
-"""How bitsandbytes packs a weight into 4 bits, on the device (bitsandbytes/functional.py, quantize_4bit)."""
+"""How bitsandbytes packs weights into 4 bits, on the device (bitsandbytes/functional.py, quantize_4bit)."""
 
 from __future__ import annotations
 
+from math import prod
+
+from memplan.job.spec import Job
+from memplan.model.architecture import Architecture
+from memplan.model.families import layout
+from memplan.model.families.layout import Module
 from memplan.tape.graph import Graph
-from memplan.tape.tensors import Tensor
+from memplan.tape.tensors import Shape, Tensor
 
 DYNAMIC_MAP_BYTES = 256 * 4
 """The 256 values of 8-bit constants, in float32: one table of the process, of which every state keeps a copy."""
 
 
-def pack(
-    g: Graph, name: str, num_elements: int, *, double_quant: bool, local_bytes: int | None
-) -> list[Tensor]:
+def packs(job: Job, path: str, *, transposed: bool) -> bool:
+    """Whether the weight of a linear layer is quantised; transformers' Conv1D, which is `transposed`, never is."""
+    skipped = any(path == skip or path.endswith(f".{skip}") for skip in job.quantization.skip)
+    return job.has_4bit_base and not skipped and not transposed
+
+
+def packs_module(job: Job, module: Module) -> bool:
+    """As `packs`, of a module of the layout."""
+    return module.role in ("linear", "head") and packs(job, module.name, transposed=module.transposed)
+
+
+def num_packed(job: Job, architecture: Architecture) -> int:
+    """Elements of all weights that are quantised; a tied head is the embedding, which is not."""
+    modules = layout(architecture)
+    outside = modules.after[:-1] if architecture.tie_word_embeddings else modules.after
+    in_block, after = (
+        sum(prod(module.shape) for module in part if packs_module(job, module))
+        for part in (modules.block, outside)
+    )
+    return architecture.num_hidden_layers * in_block + after
+
+
+def packed_bytes(num_elements: int) -> int:
+    """Two elements to a byte."""
+    return -(-num_elements // 2)
+
+
+def make_map(g: Graph, job: Job) -> None:
+    """bitsandbytes makes one when it packs the first weight, and keeps it."""
+    if job.has_4bit_base and job.quantization.double_quant:
+        g.persistent.append(
+            g.storage(DYNAMIC_MAP_BYTES, "bitsandbytes' map of constants", category="quant_state")
+        )
+
+
+def pack(g: Graph, job: Job, name: str, shape: Shape, *, on_device: bool = True) -> list[Tensor]:
     """
-    What stays of a weight of so many elements: its packed form, and the constants of blocks of 64, with
-    `double_quant` in 8 bits, with constants of blocks of 256 of those.
+    Quantise a weight: it is there in the job's dtype until its packed form is.
 
     Args:
-        local_bytes: of the packed weight on this rank; None where that is not on the device.
+        on_device: false where that happens on the host, and the constants alone come to the device.
+
+    Returns:
+        What stays: the packed weight, if it is on the device, and the constants of blocks of 64, with double
+        quantisation in 8 bits, with constants of blocks of 256 of those.
     """
+    num_elements = prod(shape)
+    weight = g.new(shape, job.dtype, f"{name}.weight before packing", "workspace") if on_device else None
+    if g.device == "cpu":
+        scratch = cpu_packing_scratch(num_elements, job.dtype, job.quantization.type)
+        g.scratch(*scratch, name=f"{name} being packed")
     blocks = -(-num_elements // 64)
     kept: list[Tensor] = []
 
@@ -26,18 +73,18 @@ def pack(
         kept.append(g.new((num_bytes,), "uint8", f"{name} {part}", "quant_state"))
 
     constants = g.new((blocks,), "float32", f"{name} absmax", "quant_state")
-    if local_bytes is not None:
-        kept.append(g.new((local_bytes,), "uint8", f"{name} packed weight", "weights"))
+    if on_device:
+        kept.append(g.new((packed_bytes(num_elements),), "uint8", f"{name} packed weight", "weights"))
     keep(16 * 4, "code")
     g.scratch(16 * 4, 4, name=f"{name} largest value of the code")
-    if not double_quant:
+    if not job.quantization.double_quant:
         return [*kept, constants]
     keep(4, "offset")
     difference = g.new((blocks,), "float32", f"{name} absmax less offset", "workspace")
     keep(-(-blocks // 256) * 4, "absmax of absmax")
     keep(blocks, "absmax in 8 bits")
     keep(DYNAMIC_MAP_BYTES, "code of absmax")
-    del difference, constants
+    del difference, constants, weight
     return kept
 
 
@@ -52,4 +99,4 @@ def cpu_packing_scratch(num_elements: int, dtype: str, quantization_type: str) -
     if quantization_type == "fp4":
         # Its codes are not in order: indices are looked up, as int64, in a table.
         return [constants, float_copy, scaled, index, n * 8, n * 8]
-    return [constants, float_copy, scaled, index, n, -(-n // 2), -(-n // 2)]
+    return [constants, float_copy, scaled, index, n, packed_bytes(n), packed_bytes(n)]

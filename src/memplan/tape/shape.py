@@ -76,6 +76,8 @@ def record(
     converted = npt_layers(job, architecture)
     model = builder.build(converted, checkpointed)
     g.units = None if zero_stage(job) else _units(g, job, builder, behaviour)
+    if isinstance(g.units, Fsdp2Units) and job.method == "qlora":
+        _check_packed_shards(g, g.units, builder)
     recording.num_trainable = len(model.trainable)
     optimizer = _optimizer(g, job, model, builder)
     loop = Loop(g, job, model, behaviour, recording, num_converted=len(converted))
@@ -95,6 +97,18 @@ def record(
     recording.mark("end", num_steps)
     recording.events = g.events[:]  # what is freed from here on, when the model goes, is not part of the tape
     return recording
+
+
+def _check_packed_shards(g: Graph, units: Fsdp2Units, builder: Builder) -> None:
+    """
+    The trainer gathers a layer of every shape to see whether it computes what it did when it was packed
+    (train/quantize.py, check_sharded); the rows that it multiplies, of a few KiB, are left out.
+    """
+    for number, layer in enumerate(builder.packed_shapes.values()):
+        g.begin(f"check of packed shards {number}")
+        g.enter(layer)
+        units.check(layer)
+    g.enter(None)
 
 
 def _units(g: Graph, job: Job, builder: Builder, behaviour: Behaviour) -> Units | None:

@@ -5,7 +5,7 @@ The job's model on meta tensors: what `memplan.train.build` would make, cut to t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +60,7 @@ class MetaModel:
             embedding=self.embedding,
             hidden_size=config.hidden_size,
             num_layers=self.num_layers,
+            packed=self._of_whole(_num_packed),
         )
 
     def multiplicity(self) -> dict[int, int]:
@@ -73,8 +74,11 @@ class MetaModel:
 
     def count_added(self) -> int:
         """Trainable parameters of the whole model, from those of the blocks at hand."""
-        inside = [_trainable(block) for block in self.blocks or ()]
-        outside = _trainable(self.built.model) - sum(inside)
+        return self._of_whole(_trainable)
+
+    def _of_whole(self, count: Callable[[nn.Module], int]) -> int:
+        inside = [count(block) for block in self.blocks or ()]
+        outside = count(self.built.model) - sum(inside)
         position = {layer: index for index, layer in enumerate(self.selection.layers)}
         return outside + sum(
             inside[position[self.selection.representative(layer)]] for layer in range(self.num_layers)
@@ -125,6 +129,10 @@ def build_meta(
         trained = model if job.method == "npt" else _prepare(job, model, mover)
         built = Built.of(job, model, trained, decoder)
         _check_loss(job, built)
+        if is_sharded(job) and job.method == "qlora" and job.quantization.kbit_preparation:
+            from memplan.train.quantize import prepare_kbit
+
+            prepare_kbit(trained)
         root = _cut_to_shards(job, built, group)
         if job.method == "npt":
             _prepare(job, model)
@@ -133,6 +141,11 @@ def build_meta(
 
 def _trainable(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _num_packed(module: nn.Module) -> int:
+    layers: Iterator[Any] = (layer for layer in module.modules() if hasattr(layer, "pack_weight"))
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def names_experts(model: nn.Module) -> bool:

@@ -29,13 +29,49 @@ def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = Fal
     if on_device:
         recorder.scratch((_checkpoint_bytes(job, meta, places),), "room for the model's weights")
     adapters = _load_base(recorder, job, model, places)
-    if job.method == "qlora" and job.quantization.kbit_preparation:
+    if meta.root is not None:  # shards have their memory, all of them, before any weight comes
+        if job.method != "npt":  # whose tensors are made when the rest is there
+            _adopt_adapters(recorder, adapters)
+            adapters.clear()
+        _fill_packed_shards(recorder, model, places)
+    elif job.method == "qlora" and job.quantization.kbit_preparation:
         from memplan.train.quantize import prepare_kbit
 
         with recorder.active():
             prepare_kbit(model)
+    _adopt_adapters(recorder, adapters)
+    if meta.root is not None and job.method == "qlora":
+        _check_packed_shards(recorder, meta.root, places)
+
+
+def _check_packed_shards(recorder: Recorder, root: nn.Module, places: dict[nn.Module, Place]) -> None:
+    """
+    The trainer gathers a layer of every shape to see whether it computes what it did when it was packed; the rows that
+    it multiplies, of a few KiB, are left out.
+    """
+    from memplan.train.quantize import checked_units
+
+    with recorder.active():
+        for unit, layer in checked_units(root):
+            with recorder.places.at(places[layer]):
+                unit.unshard()
+                unit.reshard()
+
+
+def _adopt_adapters(recorder: Recorder, adapters: list[tuple[torch.Tensor, str, int | None]]) -> None:
     for parameter, where, layer in adapters:
         recorder.adopt(parameter, "adapters", where, layer)
+
+
+def _fill_packed_shards(recorder: Recorder, model: nn.Module, places: dict[nn.Module, Place]) -> None:
+    for module, is_left in _visits(model, set()):
+        if not is_left and _keeps_part(module):
+            _pack(recorder, module, places[module])
+
+
+def _keeps_part(module: Any) -> bool:
+    """Whether a layer keeps a part of a packed weight."""
+    return hasattr(module, "pack_weight") and is_sharded(module.weight)
 
 
 def _load_base(
@@ -49,7 +85,7 @@ def _load_base(
             for name, buffer in module.named_buffers(recurse=False):
                 recorder.adopt(buffer, "weights", _where(place, name), place.layer)
             continue
-        if job.has_4bit_base and hasattr(module, "pack_weight"):
+        if hasattr(module, "pack_weight") and not _keeps_part(module):
             _pack(recorder, module, place)
         for name, parameter in module.named_parameters(recurse=False):
             held = local_part(parameter)

@@ -4,7 +4,7 @@ The 4-bit base of QLoRA: bitsandbytes' linear layers, packed one by one as their
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from logging import ERROR, getLogger
 from typing import Any
 
@@ -137,12 +137,16 @@ def replace_linears(model: Any, job: Job) -> None:
 
 def probe_layers(model: nn.Module) -> None:
     """Let one layer of every distinct shape remember what it computes when it is packed, for `check_sharded`."""
+    for layer in _of_distinct_shapes(model):
+        layer.is_probed = True
+
+
+def _of_distinct_shapes(model: nn.Module) -> list[PackedLinear]:
     first: dict[tuple[int, int], PackedLinear] = {}
     for module in model.modules():
         if isinstance(module, PackedLinear):
             first.setdefault((module.in_features, module.out_features), module)
-    for layer in first.values():
-        layer.is_probed = True
+    return list(first.values())
 
 
 def check_sharded(model: nn.Module) -> None:
@@ -157,7 +161,8 @@ def check_sharded(model: nn.Module) -> None:
     Raises:
         RunError: a result is not the same, bit for bit.
     """
-    for unit, layer in _probed(model, model):
+    probed = [layer for layer in _of_distinct_shapes(model) if layer.expected is not None]
+    for unit, layer in _units_of(model, probed):
         unit.unshard()
         same = layer.gives_expected()
         unit.reshard()
@@ -170,15 +175,22 @@ def check_sharded(model: nn.Module) -> None:
             )
 
 
-def _probed(module: nn.Module, unit: Any) -> Iterator[tuple[Any, PackedLinear]]:
-    """Probed layers inside a module, and the unit that gathers each."""
+def checked_units(model: nn.Module) -> Iterator[tuple[Any, PackedLinear]]:
+    """What `check_sharded` gathers, one after the other, if the layers were probed: units, and the layers in them."""
+    return _units_of(model, _of_distinct_shapes(model))
+
+
+def _units_of(
+    module: nn.Module, layers: Collection[nn.Module], unit: Any = None
+) -> Iterator[tuple[Any, Any]]:
+    """(unit, layer) for those of the layers that are inside a module, where `unit` gathers what is outside its own."""
     from torch.distributed.fsdp import FSDPModule
 
     unit = module if isinstance(module, FSDPModule) else unit
-    if isinstance(module, PackedLinear) and module.expected is not None:
+    if module in layers:
         yield unit, module
     for child in module.children():
-        yield from _probed(child, unit)
+        yield from _units_of(child, layers, unit)
 
 
 def storage_dtype(job: Job) -> torch.dtype:

@@ -119,7 +119,7 @@ def layout(architecture: Architecture) -> Layout:
         ]
     tables = [f"{kind}_" for kind in architecture.attention_kinds] if architecture.qk_norm else []
     buffers = (
-        Buffer("model.embed_tokens.embed_scale", (), "float32", None),
+        Buffer("model.embed_tokens.embed_scale", (), None, None),
         *rotary_buffers(head_dim, *tables),
     )
     return decoder_layout(hidden_size, architecture.vocab_size, tuple(modules), buffers)

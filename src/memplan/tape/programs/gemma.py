@@ -7,12 +7,14 @@ from memplan.tape.graph import Graph
 from memplan.tape.linear import linear
 from memplan.tape.modules import called
 from memplan.tape.norms import embedding, scaled_rms_norm
-from memplan.tape.ops import add, scale
+from memplan.tape.ops import add, cast, scale_backward
 from memplan.tape.parts import Block, Model
 from memplan.tape.programs.blocks import Given, Settings
 from memplan.tape.programs.frame import run_decoder
 from memplan.tape.programs.layers import attend, gated_mlp, remembered, separate_heads
 from memplan.tape.tensors import Parameter, Tensor
+
+EMBED_SCALE = "model.embed_tokens.embed_scale"
 
 
 def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Tensor:
@@ -24,8 +26,14 @@ def _last_norm(g: Graph, model: Model, x: Tensor, settings: Settings) -> Tensor:
 
 
 def _scaled_embedding(g: Graph, model: Model, ids: Tensor) -> Tensor:
-    """GemmaTextScaledWordEmbedding: the factor is a buffer of one element in the dtype of the weights."""
-    return scale(g, embedding(g, ids, model.current_embedding(g)), "scaled embeddings")
+    """GemmaTextScaledWordEmbedding: the factor is a buffer of one element, cast to the dtype of the weights."""
+    weight = model.current_embedding(g)
+    x = embedding(g, ids, weight)
+    factor = cast(g, model.buffers[EMBED_SCALE], weight.dtype)
+    out = g.new(x.shape, x.dtype, "scaled embeddings")
+    if g.needs(x):
+        g.record(out, (x,), [factor], scale_backward)
+    return out
 
 
 def _block(g: Graph, model: Model, block: Block, hidden: Tensor, given: Given, settings: Settings) -> Tensor:
