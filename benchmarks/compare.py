@@ -30,7 +30,8 @@ OTHER = "other model code"
 RECORDED = "recorded by us, one GPU"
 TRACED = "peft's comparison of adapters, traced"
 ALSO_TRACED = "transformers, one GPU, traced"
-GROUPS = (ONE_GPU, ASSUMED, SHARDED, OTHER, RECORDED, ALSO_TRACED, TRACED)
+SCRIPTED = "scripts of their own, traced"
+GROUPS = (ONE_GPU, ASSUMED, SHARDED, OTHER, RECORDED, ALSO_TRACED, SCRIPTED, TRACED)
 
 SHAPE, TRACE = "shape", "trace"
 """The engines."""
@@ -52,6 +53,8 @@ class Row:
 
     @property
     def group(self) -> str:
+        if self.case.script:
+            return SCRIPTED
         if self.engine == TRACE:
             return TRACED if self.case.source == "peft" else ALSO_TRACED
         if self.case.is_recorded:

@@ -65,7 +65,9 @@ class Case:
     """`high`, `medium` or `low`: a judgement on the source."""
     also_measured: tuple[Measurement, ...] = ()
     unsupported: str = ""
-    """Why there is no job; empty where there is one."""
+    """Why there is no job; empty where there is one, or a script."""
+    script: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a run that is no job: the step of `benchmarks.scripts` that it is, and its sizes."""
     completeness: str = ""
     """What the source leaves open; empty: nothing."""
     scope: str = "process"
@@ -120,6 +122,10 @@ class Case:
     @property
     def behaviour(self) -> Behaviour:
         """What this software did."""
+        if self.script:
+            job = Job(model="script", gpu=self.hardware.removeprefix("1x "))
+            behaviour = Behaviour.for_software(job, self.software, family="")
+            return dataclasses.replace(behaviour, products_before=self.products_before)
         behaviour = Behaviour.for_software(
             self.job, self.software, family=self._model[1], kernels=self.kernels, padded=self.padded
         )

@@ -1,8 +1,9 @@
 """
-Published runs that both engines can plan, traced. `python -m benchmarks.trace_cases`
+Published runs traced one by one. `python -m benchmarks.trace_cases`
 
-Those of one GPU whose loop is a plain script and whose model code is that of transformers 5, as it is: no other
-kernels, and no step in a function of its own. Writes `data/traced_cases.json`, with the versions that were traced.
+Those that both engines can plan: of one GPU, whose loop is a plain script and whose model code is that of transformers
+5, as it is, without other kernels, and without a step in a function of its own. And those that are scripts
+(`benchmarks.scripts`). Writes `data/traced_cases.json`, with the versions that were traced.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from memplan.model.resolve import resolve_config
 
 FILE = Path(__file__).parent / "data" / "traced_cases.json"
 TRANSFORMERS = "5."
+NUM_ORDERS = 100
+LOWEST, HIGHEST = (
+    f"reserved, {which} of {NUM_ORDERS} orders of addresses" for which in ("lowest", "highest")
+)
+"""Beside the statistics of a script."""
 
 
 def can_trace(case: Case) -> bool:
@@ -30,7 +36,11 @@ def can_trace(case: Case) -> bool:
 
 
 def trace_case(case: Case) -> dict[str, int]:
-    """Peaks over the whole process, by statistic."""
+    """Peaks by statistic, over the whole process or the scope of a script."""
+    if case.script:
+        from benchmarks.scripts import trace_script
+
+        return trace_script(case)
     from memplan.tracing.writer import trace_job
 
     config = case.config or resolve_config(case.job.model, offline=True).config
@@ -47,7 +57,7 @@ def load_traced_cases(file: Path = FILE) -> dict[str, Any]:
 
 def main() -> None:
     """Trace them and write the file."""
-    traced = {case.id: trace_case(case) for case in load_published() if can_trace(case)}
+    traced = {case.id: trace_case(case) for case in load_published() if case.script or can_trace(case)}
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(peaks)}" for name, peaks in traced.items())
     versions = json.dumps(installed_versions())
     FILE.write_text(f'{{\n  "versions": {versions},\n  "cases": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")

@@ -17,7 +17,7 @@ def load_traced_rows() -> list[Row]:
 
 
 def _also_traced() -> list[Row]:
-    """Of the cases that both engines plan."""
+    """Of the cases that both engines plan, and of scripts."""
     traced = load_traced_cases()["cases"]
     return [
         Row(case, measured, traced[case.id][measured.statistic], engine=TRACE)

@@ -123,7 +123,9 @@ class Recorder(Storages, TorchDispatchMode):
         if operation.is_conversion:
             with self:
                 return func.decompose(*args, **kwargs)
-        if self.workspace_bytes and (operation.is_product or self._phase == "backward"):
+        if self.workspace_bytes and (
+            operation.is_product or (self._phase == "backward" and self._workspaces)
+        ):
             self._claim_workspace(bias=operation.name == "aten::addmm" and args[0].dim() == 1)
         known = self.shadows.evaluate(operation.name, func, args, kwargs)
         if known is None and operation.writes:
@@ -172,6 +174,12 @@ class Recorder(Storages, TorchDispatchMode):
         self._keep(f"cuBLAS workspace ({thread})", self.workspace_bytes)
         if bias:
             self._keep(f"cuBLASLt workspace ({thread})", self.bias_workspace_bytes)
+
+    def claim_workspaces(self) -> None:
+        """Those of both threads, for a process that has used cuBLAS before."""
+        for thread in ("backward", "forward"):
+            self._keep(f"cuBLAS workspace ({thread})", self.workspace_bytes)
+        self._keep("cuBLASLt workspace (forward)", self.bias_workspace_bytes)
 
     def _keep(self, name: str, num_bytes: int) -> None:
         if num_bytes and name not in self._workspaces:

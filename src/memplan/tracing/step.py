@@ -119,6 +119,7 @@ def trace_run(
     steps: int,
     gpu: str | None = None,
     allocator: AllocatorSettings | None = None,
+    behaviour: Behaviour | None = None,
 ) -> Trace:
     """
     What `run(recorder, phases)` takes, which makes `steps` steps, says when each of them begins, and marks the end.
@@ -126,9 +127,11 @@ def trace_run(
     Args:
         models: those whose tensors are put aside, by the prefix of their names.
         optimizers: those that exist already; `run` makes others known with `recorder.watch`.
+        behaviour: of the software that runs it; without one that of the versions at hand, on `gpu`.
     """
     capacity, profile = _capacity(gpu)
-    behaviour = Behaviour.for_job(Job(model="step", gpu=None if profile is None else profile.name))
+    if behaviour is None:
+        behaviour = Behaviour.for_job(Job(model="step", gpu=None if profile is None else profile.name))
     target = target_of(behaviour, device)
     recorder = recorder_for(behaviour, device)
     phases = StepPhases(recorder)
@@ -146,6 +149,9 @@ def trace_run(
         for tensor, values in stand_ins.swapped:
             if not isinstance(tensor, nn.Parameter):
                 _give_values(recorder, tensor, values)
+        recorder.mark("load", 0)
+        if behaviour.products_before:
+            recorder.claim_workspaces()
         _load(recorder, models, optimizers)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         compiled = stack.enter_context(compiled_calls())
@@ -202,7 +208,6 @@ def _give_values(recorder: Recorder, tensor: Tensor, values: Tensor) -> None:
 def _load(
     recorder: Recorder, models: dict[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
-    recorder.mark("load", 0)
     named: dict[str, nn.Parameter] = {}
     for prefix, model in models.items():
         recorder.places.tell(_places(prefix, model))
