@@ -94,6 +94,11 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"method": "lora", HEADS: "[query,value]", CKPT: "full"}),
     ("bert", {"method": "lora", "attention": "eager", "data__special_tokens": "[<a>,<b>]"}),
     ("bert", {"loop": "hf_trainer", "method": "lora", "attention": "eager"}),
+    ("bert", {"dtype": "float16", "autocast": "bfloat16"}),
+    ("gpt2", {"autocast": "bfloat16", "optimizer": "adamw_8bit"}),
+    ("llama", {"method": "lora", "loss": "fused", "data__special_tokens": "[<a>]"}),
+    ("qwen2", {"loss": "fused", "optimizer": "paged_adamw_8bit"}),
+    ("llama", {"dtype": "float16", "autocast": "float16", "attention": "flash_attention_2"}),
     ("gpt2", {"loop": "hf_trainer", "dtype": "float32", "autocast": "bfloat16", LOSS: 2}),
     ("llama", {"loop": "hf_trainer", "method": "lora", CKPT: "full", LOSS: 4, "train__max_grad_norm": 1.0}),
     ("qwen3", {"loop": "hf_trainer", CKPT: "full", "activation_offload": True}),
@@ -112,7 +117,6 @@ NEARLY: list[tuple[str, dict[str, Any]]] = [
             "npt__components": 2,
         },
     ),
-    ("llama", {"method": "lora", "loss": "fused", "data__special_tokens": "[<a>]"}),
 ]
 """What docs/tracing.md lists: other events, nearly the same peak."""
 

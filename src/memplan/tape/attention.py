@@ -94,8 +94,8 @@ def attention(
     groups = query.shape[1] // key.shape[1]
     masked = mask is not None
     padded = padded or masked
-    takes_groups = not (repeated or masked) and query.shape[-1] <= MOST_GROUPED_CHANNELS
-    if told_of_groups and groups > 1 and not takes_groups:
+    too_wide = implementation == "sdpa" and query.shape[-1] > MOST_GROUPED_CHANNELS
+    if told_of_groups and groups > 1 and (repeated or masked or too_wide):
         key, value = repeat_heads(g, key, groups), repeat_heads(g, value, groups)
         groups = 1
     is_package = implementation == "flash_attention_2" and g.device == "cuda"

@@ -200,8 +200,9 @@ def _power_of_two(value: int) -> int:
 def _liger_backward(
     g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
 ) -> Gradients:
-    """The stored gradients, scaled in place."""
+    """The stored gradients, scaled in place where the loss's gradient is not 1, with which it is compared."""
     grad_hidden, grad_weight = saved
+    g.scratch(4, name="one")
     assert grad_hidden is not None
     outputs: Gradients = [None, None if grad_weight is None else alias(grad_weight)]
     if node.edges[0] is not None:

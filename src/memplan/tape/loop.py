@@ -275,6 +275,8 @@ class Loop:
             hidden = held.pop()
             old = behaviour.liger_before_0_5
             loss = self.on_head(hidden, lambda x: liger_loss(g, x, head, labels, before_0_5=old))
+            if is_own:
+                loss = scale(g, loss, "loss over number of tokens")
             g.leave_autocast()
             return loss
         logits = logits_of(g, self.model, whole_slices(g, held[0], 3 if behaviour.slices_hidden else 0))

@@ -144,7 +144,10 @@ class Builder:
         if quantized and self.cuts:
             self.to_pack.append((layer, name, linear))
         elif quantized:
-            linear.held = pack(self.g, job, name, shape, on_device=not self.flat)
+            linear.held = pack(
+                self.g, job, name, shape,
+                on_device=not self.flat, keeps_packed=not (self.flat and self.layout.gathers),
+            )  # fmt: skip
         else:
             linear.weight = self.parameter(f"{name}.weight", shape, layer)
         if spec.bias:

@@ -43,7 +43,14 @@ def float_rms_norm(g: Graph, x: Tensor, weight: Tensor) -> Tensor:
 
 @hooked
 def layer_norm(g: Graph, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """native_layer_norm: saves its input and float32 mean and reciprocal deviation per row."""
+    """
+    native_layer_norm: saves its input and float32 mean and reciprocal deviation per row, and what it computes with.
+    Autocast has all of it in float32, and casts its arguments from the last to the first.
+    """
+    if bias is not None:
+        bias = autocast_to_float32(g, bias)
+    if weight is not None:
+        weight = autocast_to_float32(g, weight)
     x = autocast_to_float32(g, x)
     out = g.new(x.shape, x.dtype, "output")
     rows = (*x.shape[:-1], 1)
@@ -51,7 +58,7 @@ def layer_norm(g: Graph, x: Tensor, weight: Tensor | None, bias: Tensor | None) 
     mean = g.new(rows, statistics, "mean")
     deviation = g.new(rows, statistics, "reciprocal deviation")
     if g.needs(x, weight, bias):
-        g.record(out, (x, weight, bias), [deviation, mean, x], _layer_norm_backward)
+        g.record(out, (x, weight, bias), [deviation, mean, x, weight, bias], _layer_norm_backward)
     return out
 
 

@@ -12,6 +12,7 @@ from math import prod
 from memplan.job.spec import Job
 from memplan.tape.graph import Graph
 from memplan.tape.loss import Locals
+from memplan.tape.packing import DYNAMIC_MAP_BYTES
 from memplan.tape.scratch import adafactor, foreach_norm
 from memplan.tape.sharding import layout
 from memplan.tape.tensors import ITEMSIZE, Parameter, Tensor
@@ -53,6 +54,8 @@ class OptimizerProgram:
         self.states: list[Tensor] = []
         self.kept_norm: Tensor | None = None
         self.has_states = False
+        self.has_maps = False
+        """Of bitsandbytes, which makes them when it first needs them: those of 8-bit states."""
         self.on_host = layout(job, g.device).optimizer_on_host
         self.in_trainer = job.loop == "hf_trainer"
         """
@@ -141,6 +144,12 @@ class OptimizerProgram:
         if self.in_trainer and parameter.name in self.embeddings:
             eight_bit = False
         paged = self.job.optimizer.startswith("paged") and count >= SMALL_PAGED_ELEMENTS
+        if eight_bit and not self.has_maps:
+            self.has_maps = True
+            for kind in ("dynamic", "udynamic"):
+                self.g.persistent.append(
+                    self.g.storage(DYNAMIC_MAP_BYTES, f"bitsandbytes' {kind} map", category="optimizer")
+                )
         for state in ("state1", "state2"):
             if not paged:
                 self._state(parameter, state, parameter.local_shape, "uint8" if eight_bit else "float32")

@@ -50,12 +50,15 @@ def make_map(g: Graph, job: Job) -> None:
         )
 
 
-def pack(g: Graph, job: Job, name: str, shape: Shape, *, on_device: bool = True) -> list[Tensor]:
+def pack(
+    g: Graph, job: Job, name: str, shape: Shape, *, on_device: bool = True, keeps_packed: bool = True
+) -> list[Tensor]:
     """
     Quantise a weight: it is there in the job's dtype until its packed form is.
 
     Args:
-        on_device: false where that happens on the host, and the constants alone come to the device.
+        on_device: false where that happens on the host.
+        keeps_packed: false where the constants alone come to the device.
 
     Returns:
         What stays: the packed weight, if it is on the device, and the constants of blocks of 64, with double
@@ -73,7 +76,7 @@ def pack(g: Graph, job: Job, name: str, shape: Shape, *, on_device: bool = True)
         kept.append(g.new((num_bytes,), "uint8", f"{name} {part}", "quant_state"))
 
     constants = g.new((blocks,), "float32", f"{name} absmax", "quant_state")
-    if on_device:
+    if keeps_packed:
         kept.append(g.new((packed_bytes(num_elements),), "uint8", f"{name} packed weight", "weights"))
     keep(16 * 4, "code")
     g.scratch(16 * 4, 4, name=f"{name} largest value of the code")
