@@ -53,6 +53,7 @@ def test_published_counts(entry: CatalogueEntry) -> None:
         ("bert-large-uncased", 335_174_458),
         ("qwen3-8b", 8_190_735_360),
         ("llama-3.2-3b", 3_212_749_824),
+        ("granite-3.1-8b", 8_170_848_256),
         ("deepseek-r1-distill-qwen-1.5b", 1_777_088_000),
     ],
 )

@@ -69,6 +69,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "tie_word_embeddings": True,
     },
+    "granite": {"model_type": "granite", **SIZES},
+    "granite, tied, biases": {
+        "model_type": "granite",
+        **SIZES,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 4},
     "mixtral, head_dim, one expert per token": {
         "model_type": "mixtral",

@@ -86,8 +86,8 @@ def test_blocks_that_need_each_other_are_all_traced() -> None:
 
 def test_a_loss_that_our_loop_does_not_take() -> None:
     config = {
-        "model_type": "granite",
-        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granitemoe",
+        "architectures": ["GraniteMoeForCausalLM"],
         "logits_scaling": 8.0,
         **SIZES,
     }

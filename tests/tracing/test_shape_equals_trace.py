@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from installed import tolerance_of_experts
+from memplan.errors import JobError
 from memplan.job.spec import Job
+from memplan.model import architecture_from_config
 from memplan.model.catalogue import find_model
+from memplan.tape.writer import write_tape
 from tracing.comparison import Comparison, compare
 from tracing.tiny import CONFIGS, job
 
@@ -49,6 +52,11 @@ GRID: list[tuple[str, dict[str, Any]]] = [
         {"method": "lora", LOSS: 2, "data__special_tokens": "[<a>,<b>,<c>]", "data__vocab_multiple": 64},
     ),
     ("llama", {"method": "lora", "loss": "chunked", "data__special_tokens": [f"<{n}>" for n in range(40)]}),
+    ("granite", {"method": "lora", "loop": "hf_trainer", CKPT: "full", LOSS: 2}),
+    ("granite", {"dtype": "float32", "autocast": "bfloat16", "loss": "chunked"}),
+    ("granite, biased", {"attention": "eager", CKPT: "selective", "loop": "script"}),
+    ("granite, biased", {"method": "qlora", "train__max_grad_norm": 1.0}),
+    ("granite", {"loss": "fused"}),
     ("gpt2", {LOSS: 2, "train__max_grad_norm": 1.0}),
     ("gpt2", {"attention": "eager", "micro_batch_size": 1, "optimizer_kernel": "loop"}),
     ("gpt2", {"method": "lora", "dtype": "float32", "autocast": "bfloat16"}),
@@ -177,6 +185,12 @@ def test_in_real_sizes(model: str, fields: dict[str, Any]) -> None:
     entry = find_model(model)
     assert entry is not None
     assert_equal(compare(job(**fields), entry.config))
+
+
+def test_liger_has_no_fused_loss_for_granite_in_other_loops() -> None:
+    architecture = architecture_from_config(CONFIGS["granite"], name="tiny", source="test")
+    with pytest.raises(JobError, match="Granite in `loop: memplan` only"):
+        write_tape(job(loss="fused", loop="hf_trainer"), architecture)
 
 
 FAMILIES = sorted(set(CONFIGS) - {model for model, _ in NEARLY} | {"llama", "gemma3"})

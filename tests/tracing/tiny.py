@@ -23,6 +23,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_layer": 6, "n_head": 4, "n_positions": 512,
     },
 }  # fmt: skip
+CONFIGS["granite"] = {
+    "model_type": "granite", "architectures": ["GraniteForCausalLM"], "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22, "attention_multiplier": 0.0625, "logits_scaling": 8.0, **_SIZES,
+}  # fmt: skip
 _TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 _GEMMA = {"head_dim": 32, "tie_word_embeddings": True, **_TOKENS}
 CONFIGS |= {
@@ -64,6 +68,9 @@ CONFIGS["llama, as many key heads"] = CONFIGS["llama"] | {"num_key_value_heads":
 CONFIGS["llama, wide heads"] = CONFIGS["llama"] | {"head_dim": 320}
 CONFIGS["mistral, sliding"] = CONFIGS["mistral"] | {"sliding_window": 96}
 CONFIGS["qwen2, tied"] = CONFIGS["qwen2"] | {"tie_word_embeddings": True}
+CONFIGS["granite, biased"] = CONFIGS["granite"] | {
+    "attention_bias": True, "mlp_bias": True, "attention_dropout": 0.1, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def job(**fields: Any) -> Job:

@@ -58,14 +58,14 @@ def test_full_loss_is_that_of_transformers() -> None:
     torch.testing.assert_close(full_cross_entropy(logits, labels, 11), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_chunked_loss_passes_gradcheck(softcap: float | None) -> None:
+@pytest.mark.parametrize(("softcap", "scaling"), [(None, None), (2.0, None), (None, 8.0), (2.0, 0.5)])
+def test_chunked_loss_passes_gradcheck(softcap: float | None, scaling: float | None) -> None:
     """The gradients written by hand are the derivatives of the value, in float64."""
     hidden, head, labels = _inputs(torch.float64, trains=True)
     flat = hidden.detach().flatten(0, 1).requires_grad_()
 
     assert torch.autograd.gradcheck(
-        lambda h, w: ChunkedLinearCrossEntropy.apply(h, w, labels.flatten(), 11, 4, softcap),
+        lambda h, w: ChunkedLinearCrossEntropy.apply(h, w, labels.flatten(), 11, 4, softcap, scaling),
         (flat, head.weight),
     )
 
@@ -84,6 +84,36 @@ def test_chunked_loss_caps_logits_as_gemma_does() -> None:
         gradients.append((loss.detach(), hidden.grad, head.weight.grad))
 
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("form", ["full", "chunked"])
+def test_the_loss_is_what_granite_makes_of_its_logits(form: str) -> None:
+    """It divides them by `logits_scaling`; loss and gradients are those of the model's own `forward`."""
+    transformers = pytest.importorskip("transformers")
+    from memplan.job.load import load_job
+    from memplan.train.build import Built
+    from memplan.train.data import MicroBatch
+    from memplan.train.parallel import Step
+
+    torch.manual_seed(0)
+    config = transformers.GraniteConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        logits_scaling=8.0, tie_word_embeddings=True, pad_token_id=None,
+    )  # fmt: skip
+    model = transformers.GraniteForCausalLM(config)
+    ids = torch.randint(0, VOCAB, (BATCH, SEQ))
+    expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+    expected.backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+
+    job = load_job(None, ["model=tiny", "method=full", "dtype=float32", f"loss={form}"]).job
+    step = Step(job, Built.of(job, model, model, model.model), "cpu")
+    loss = step(MicroBatch(ids, ids), BATCH * (SEQ - 1))
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient)
 
 
 def test_chunked_loss_adds_to_a_tied_embedding() -> None:

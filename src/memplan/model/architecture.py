@@ -114,6 +114,8 @@ class Architecture:
     """c of `c * tanh(scores / c)`, before the mask; None for none."""
     final_logit_softcapping: float | None = None
     """The same of the logits."""
+    logits_scaling: float | None = None
+    """What the logits are divided by; None where they are not."""
     clip_qkv: float | None = None
     """Bound on queries, keys and values; None for none."""
     tokenizer_size: int | None = None

@@ -258,6 +258,7 @@ class Loop:
         """`held` is the only reference to the hidden states, so that they can go as early as the loop lets them."""
         g, behaviour, head = self.g, self.behaviour, self.model.head
         softcapped = self.model.architecture.final_logit_softcapping is not None
+        scaled = self.model.architecture.logits_scaling is not None
         is_own, is_encoder = self.job.loop == "memplan", self.model.architecture.is_encoder
         form = self.job.loss_form(plain_head=head.is_plain)
         if form != "full" and not head.has_only_weight:
@@ -273,8 +274,16 @@ class Loop:
             return loss
         if form == "fused":
             hidden = held.pop()
+            if (
+                scaled and not is_own
+            ):  # liger_kernel/transformers/monkey_patch.py, apply_liger_kernel_to_granite
+                raise JobError(
+                    "`loss: fused` is there for Granite in `loop: memplan` only: Liger gives its models no such loss",
+                    hint="use `--set loss=full`",
+                )
             old = behaviour.liger_before_0_5
-            loss = self.on_head(hidden, lambda x: liger_loss(g, x, head, labels, before_0_5=old))
+            given = scale(g, hidden, "scaled hidden states") if scaled else hidden
+            loss = self.on_head(given, lambda x: liger_loss(g, x, head, labels, before_0_5=old))
             if is_own:
                 loss = scale(g, loss, "loss over number of tokens")
             g.leave_autocast()
@@ -282,6 +291,8 @@ class Loop:
         logits = logits_of(g, self.model, whole_slices(g, held[0], 3 if behaviour.slices_hidden else 0))
         if not behaviour.hold_hidden:
             held.pop()
+        if scaled:
+            logits = scale(g, logits, "scaled logits")
         if softcapped:
             logits = scale(g, logits, "logits over cap")
             logits = unary_saving_output(g, logits, "tanh of logits")

@@ -29,7 +29,10 @@ from memplan.train.tokens import first_line
 NPT_FILE = "npt.safetensors"
 
 _LOGIT_TRANSFORMS = ("logits_scaling", "logit_scale", "logits_soft_cap")
-"""Config fields of models whose logits are neither `lm_head(hidden)` nor Gemma's softcapping of that."""
+"""
+Config fields of models whose logits are neither `lm_head(hidden)` nor Gemma's softcapping of that, nor Granite's
+division: others multiply by what they call `logits_scaling`.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Built:
     method: str
     logit_softcap: float | None = None
     """c of `c * tanh(logits / c)`, which the model's own `forward` makes of the logits; None for none."""
+    logits_scaling: float | None = None
+    """What Granite's own `forward` divides the logits by; None for none."""
     loss_form: str = "full"
     """`full`, `chunked` or `fused`."""
     shifts: bool = True
@@ -58,8 +63,9 @@ class Built:
         masked = type(model).__name__.endswith("ForMaskedLM")
         head = _masked_lm_head(job, model) if masked else model.get_output_embeddings()
         softcap = getattr(model.config, "final_logit_softcapping", None)
+        scaling = model.config.logits_scaling if _divides_logits(model.config) else None
         form = job.replace(loop="memplan").loss_form(plain_head=is_plain(head))
-        return cls(trained, decoder, head, job.method, softcap, form, shifts=not masked)
+        return cls(trained, decoder, head, job.method, softcap, scaling, form, shifts=not masked)
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -223,12 +229,16 @@ def decoder_of(model: Any) -> nn.Module:
     return decoder
 
 
+def _divides_logits(config: Any) -> bool:
+    return bool(config.model_type == "granite")
+
+
 def check_head(built: Built, config: Any) -> None:
     """The loss is taken on `head(hidden)`, in chunks on its weight: refuse models where that is not all."""
     transform = next(
         (name for name in _LOGIT_TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)), None
     )
-    if transform is not None:
+    if transform is not None and not _divides_logits(config):
         raise RunError(
             f"the model's config sets `{transform}`, and the loss here takes logits as the head gives them",
             hint="train it with another tool, or with `method: npt`, which needs no logits",

@@ -51,6 +51,7 @@ def chunked_cross_entropy(
     chunk_tokens: int = CHUNK_TOKENS,
     *,
     softcap: float | None = None,
+    scaling: float | None = None,
 ) -> Tensor:
     """
     The same loss as `full_cross_entropy(head(hidden), ...)` without ever holding the logits of more than one
@@ -62,6 +63,7 @@ def chunked_cross_entropy(
         labels, num_tokens: as in `full_cross_entropy`.
         chunk_tokens: tokens per chunk.
         softcap: c of `c * tanh(logits / c)`, in float32; None for plain logits.
+        scaling: what the logits are divided by, in float32, before any softcap.
     """
     weight = head.weight
     if not torch.is_grad_enabled():
@@ -72,17 +74,28 @@ def chunked_cross_entropy(
         hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
     with torch.autocast(device_type, enabled=False):
         loss: Tensor = ChunkedLinearCrossEntropy.apply(
-            hidden.flatten(0, -2), weight, _shift(labels), num_tokens, chunk_tokens, softcap
+            hidden.flatten(0, -2), weight, _shift(labels), num_tokens, chunk_tokens, softcap, scaling
         )
     return loss
 
 
 def fused_cross_entropy(
-    hidden: Tensor, head: Any, labels: Tensor, num_tokens: float, *, softcap: float | None = None
+    hidden: Tensor,
+    head: Any,
+    labels: Tensor,
+    num_tokens: float,
+    *,
+    softcap: float | None = None,
+    scaling: float | None = None,
 ) -> Tensor:
-    """The same loss by Liger's kernel, on CUDA; arguments as in `chunked_cross_entropy`."""
+    """
+    The same loss by Liger's kernel, on CUDA; arguments as in `chunked_cross_entropy`. The kernel divides no logits, so
+    that `scaling` is taken from the hidden states, in their dtype.
+    """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
+    if scaling is not None:
+        hidden = hidden / scaling
     loss: Tensor = liger_fused_linear_cross_entropy(
         hidden.flatten(0, -2),
         head.weight,
@@ -130,6 +143,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         num_tokens: float,
         chunk_tokens: int,
         softcap: float | None = None,
+        scaling: float | None = None,
     ) -> Tensor:
         accumulate_dtype = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -142,6 +156,8 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
             predicted = (labels[rows] != IGNORE_INDEX).unsqueeze(1)
             target = labels[rows].clamp_min(0).unsqueeze(1)
             slope = None
+            if scaling is not None:
+                scores.div_(scaling)
             if softcap is not None:
                 scores.div_(softcap).tanh_()
                 slope = scores.square().neg_().add_(1)
@@ -157,6 +173,8 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
             scores.mul_(predicted).div_(num_tokens)
             if slope is not None:
                 scores.mul_(slope)
+            if scaling is not None:
+                scores.div_(scaling)
             grad_logits = logits.copy_(scores) if logits.dtype != accumulate_dtype else scores
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
@@ -174,4 +192,4 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss
         if grad_weight is not None:
             grad_weight = grad_weight * grad_loss
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None

@@ -61,6 +61,7 @@ class Step(nn.Module):
         # Parts of the model: in a tuple, so that they are not registered a second time.
         self._parts = (built.decoder, built.head)
         self.softcap = built.logit_softcap
+        self.scaling = built.logits_scaling
         self.loss_form = built.loss_form
         self.shifts = built.shifts
 
@@ -87,9 +88,13 @@ class Step(nn.Module):
                 return evaluation_cross_entropy(hidden, head, batch.labels, num_tokens)
             if self.loss_form != "full":
                 linear_loss = chunked_cross_entropy if self.loss_form == "chunked" else fused_cross_entropy
-                return linear_loss(hidden, head, batch.labels, num_tokens, softcap=self.softcap)
+                return linear_loss(
+                    hidden, head, batch.labels, num_tokens, softcap=self.softcap, scaling=self.scaling
+                )
             logits = head(hidden)
             del hidden
+            if self.scaling is not None:
+                logits = logits / self.scaling
             if self.softcap is not None:
                 logits = logits / self.softcap
                 logits = torch.tanh(logits)

@@ -18,6 +18,7 @@ MODEL_TYPES = {
     "mistral": ("MistralForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "llama"),
     "qwen3": ("Qwen3ForCausalLM", "llama"),
+    "granite": ("GraniteForCausalLM", "llama"),
     "gpt2": ("GPT2LMHeadModel", "gpt2"),
     "mixtral": ("MixtralForCausalLM", "moe"),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "moe"),

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 (transformers/models/{llama,mistral,qwen2,qwen3})."""
+"""Llama, Mistral, Qwen2, Qwen3 and Granite (transformers/models/{llama,mistral,qwen2,qwen3,granite})."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def decoder_sizes(
     head_dim: int | None,
     max_position_embeddings: int,
 ) -> dict[str, Any]:
-    """What Llama, Mistral and Qwen share; the arguments are defaults of absent keys, None for derived."""
+    """What Llama, Mistral, Qwen and Granite share; the arguments are defaults of absent keys, None for derived."""
     hidden_size = keys.size("hidden_size")
     heads = keys.size("num_attention_heads")
     head_dim = keys.optional_size("head_dim", head_dim)
@@ -82,6 +82,15 @@ def _qwen3(keys: Keys) -> dict[str, Any]:
     }
 
 
+def _granite(keys: Keys) -> dict[str, Any]:
+    """Llama's layout; the multipliers beside that of the logits are numbers, and always there."""
+    return {
+        **_llama(keys),
+        "family": "granite",
+        "logits_scaling": keys.optional_number("logits_scaling", 1.0),
+    }
+
+
 def _qwen_window(keys: Keys, num_hidden_layers: int) -> dict[str, Any]:
     """Qwen slides only if `use_sliding_window`, and then in the blocks from `max_window_layers` on."""
     if not keys.flag("use_sliding_window", False):
@@ -99,7 +108,7 @@ def _qwen_window(keys: Keys, num_hidden_layers: int) -> dict[str, Any]:
     return {"sliding_window": window, "layer_types": layer_types if len(kinds) > 1 else ()}
 
 
-READERS = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+READERS = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "granite": _granite}
 
 
 def attention_modules(architecture: Architecture) -> list[Module]:

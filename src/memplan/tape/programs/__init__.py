@@ -20,6 +20,7 @@ _MODULES = {
     "llama": "llama",
     "qwen2": "llama",
     "qwen3": "llama",
+    "granite": "llama",
     "gpt2": "gpt2",
     "mixtral": "moe",
     "qwen3_moe": "moe",

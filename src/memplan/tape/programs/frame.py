@@ -7,7 +7,7 @@ from collections.abc import Callable
 from memplan.tape.graph import Graph
 from memplan.tape.modules import entered, left
 from memplan.tape.norms import embedding
-from memplan.tape.ops import dropout
+from memplan.tape.ops import dropout, scale
 from memplan.tape.parts import Model
 from memplan.tape.programs.blocks import Given, RunBlock, Settings, run_blocks
 from memplan.tape.programs.layers import leaf, rotary_table
@@ -34,11 +34,12 @@ def run_decoder(
     embed: Callable[[Graph, Model, Tensor], Tensor] | None = None,
     table_dtype: str | None = None,
     always_masked: bool = False,
+    scales_embedding: bool = False,
 ) -> Tensor:
     """
     Hidden states (B, S, d) after the last norm. `modules` names the model, its list of blocks and its last norm;
     `table_dtype` is that of the rotary tables, the hidden states' if None; `always_masked`: sdpa is given a mask
-    wherever it could do without.
+    wherever it could do without; `scales_embedding`: the model multiplies what its embedding returns.
     """
     architecture = model.architecture
     outer, layers, norm = modules
@@ -51,6 +52,8 @@ def run_decoder(
             inputs_embeds = leaf(inputs_embeds, settings)
             if g.hooks is not None:
                 inputs_embeds = g.hooks.leave(("embedding", model.embedding), inputs_embeds)
+        if scales_embedding:
+            inputs_embeds = scale(g, inputs_embeds, "scaled embeddings")
         dtype = inputs_embeds.dtype
         position_ids = positions(g, ids.shape[1], settings)
         masks = _masks(g, model, ids, dtype, settings, always_masked)

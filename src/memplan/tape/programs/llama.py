@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 (transformers/models/{llama,mistral,qwen2,qwen3}/modeling_*.py)."""
+"""Llama, Mistral, Qwen2, Qwen3 and Granite (transformers/models/{llama,mistral,qwen2,qwen3,granite}/modeling_*.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memplan.tape.graph import Graph
 from memplan.tape.kernels import triton_rotary
 from memplan.tape.linear import linear
 from memplan.tape.modules import called
-from memplan.tape.ops import add, reshape, split_heads, swap_heads
+from memplan.tape.ops import add, reshape, scale, split_heads, swap_heads
 from memplan.tape.parts import Block, Model
 from memplan.tape.programs.blocks import Given, Settings
 from memplan.tape.programs.frame import run_decoder
@@ -35,7 +35,8 @@ def _gated_mlp(g: Graph, model: Model, block: Block, x: Tensor) -> Tensor:
 
 
 def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings, mlp: Mlp = _gated_mlp) -> Tensor:
-    return run_decoder(g, model, ids, settings, partial(_block, mlp=mlp), last_norm)
+    scales = model.architecture.family == "granite"
+    return run_decoder(g, model, ids, settings, partial(_block, mlp=mlp), last_norm, scales_embedding=scales)
 
 
 def _block(
@@ -46,12 +47,17 @@ def _block(
     residual = hidden
     hidden = block_norm(g, block, hidden, "input_layernorm", settings)
     hidden, weights = _attention(g, model, block, hidden, given, settings)
-    hidden = add(g, residual, hidden, "residual stream")
+    hidden = add(g, residual, _multiplied(g, model, hidden), "residual stream")
     residual = hidden
     hidden = block_norm(g, block, hidden, "post_attention_layernorm", settings)
     hidden = mlp(g, model, block, hidden)
-    hidden = add(g, residual, hidden, "residual stream")
+    hidden = add(g, residual, _multiplied(g, model, hidden), "residual stream")
     return hidden
+
+
+def _multiplied(g: Graph, model: Model, hidden: Tensor) -> Tensor:
+    """Granite multiplies what goes into the residual stream."""
+    return scale(g, hidden, "multiplied output") if model.architecture.family == "granite" else hidden
 
 
 @called("attention")
