@@ -85,6 +85,8 @@ class Case:
     upcast_logits: bool = True
     fsdp1: bool = False
     """Replicas that FSDP keeps in step, without cutting anything."""
+    checkpoints_inside_units: bool = False
+    """A script checkpointed what FSDP1 had wrapped."""
     loads_on_device: bool = False
     """`from_pretrained` was given a `device_map`."""
     products_before: bool = False
@@ -135,6 +137,7 @@ class Case:
             step_is_function=self.step_is_function,
             upcast_logits=self.upcast_logits,
             fsdp1=behaviour.fsdp1 or self.fsdp1,
+            checkpoints_inside_units=self.checkpoints_inside_units,
             loads_on_device=behaviour.loads_on_device or self.loads_on_device,
             products_before=self.products_before,
             # Both are of transformers; torchtune, litgpt and the like train without a cache, and index nothing.

@@ -54,7 +54,7 @@ Errors are predicted / measured - 1: above zero the prediction is too high. "Too
 """
 
 GROUP_NOTES = {
-    ONE_GPU: "Llama, Mistral, Qwen2 and GPT-2 as transformers runs them; the source leaves nothing open.",
+    ONE_GPU: "Llama, Mistral, Granite, Qwen2 and GPT-2 as transformers runs them; the source leaves nothing open.",
     ASSUMED: "The same, where the source leaves one thing open that is assumed.",
     SHARDED: "FSDP1 and replicas, which are planned to first order.",
     OTHER: (

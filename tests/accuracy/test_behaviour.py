@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memplan.job.spec import Job, Parallel
+from memplan.job.spec import Job, Parallel, Quantization
 from memplan.tape.behaviour import (
     CUBLAS_WORKSPACE_BYTES,
     CUBLAS_WORKSPACE_BYTES_HOPPER,
@@ -40,6 +40,30 @@ def test_the_loss_and_checkpointing_of_a_version(version: str, shift: int, in_fo
         old.float_logits,
         old.reentrant,
     )
+
+
+def test_granite_takes_its_loss_itself_until_4_48():
+    """Its `forward` made the logits float32 two versions longer, and sliced no hidden states until then."""
+    assert [(True, False), (False, True)] == [
+        (granite.float_logits, granite.slices_hidden)
+        for granite in (behaviour(version, family="granite") for version in ("4.47.1", "4.48.1"))
+    ]
+
+
+def test_trl_gives_a_prepared_model_its_embedding_back_in_16_bits():
+    """With bf16; peft alone leaves it in float32."""
+    job = TRAINER.replace(
+        method="qlora", autocast="bfloat16", quantization=Quantization(kbit_preparation=True)
+    )
+
+    assert [False, True, False] == [
+        Behaviour.for_software(asked, versions, family="llama").casts_embedding_back
+        for asked, versions in (
+            (job, {"peft": "0.13.2"}),
+            (job, {"peft": "0.13.2", "trl": "0.11.3"}),
+            (job.replace(autocast=None), {"peft": "0.13.2", "trl": "0.11.3"}),
+        )
+    ]
 
 
 def test_hidden_states_are_sliced_for_the_head_since_4_45():

@@ -80,8 +80,8 @@ def test_jobs_and_behaviours_can_be_read():
     planned = [case for case in CASES if case.fields]
     families = {case.architecture.family for case in planned}
 
-    assert 99 == len(planned)
-    assert {"llama", "qwen2", "gpt2"} == families
+    assert 127 == len(planned)
+    assert {"llama", "qwen2", "gpt2", "granite"} == families
     assert [] == [case.id for case in planned if case.job.method != case.method]
 
 
@@ -89,15 +89,25 @@ def test_jobs_and_behaviours_can_be_read():
 
 
 def test_allocated_peaks_on_one_gpu(rows: list[Row]):
-    """Median 0.1 %, none beyond 1 %, none too low; what is left between steps is right to 0.05 %."""
+    """
+    Median 0.1 %, none beyond 1 %, none too low. What is left between steps is right to 0.05 %, but for the remainder of
+    a block, up to 1 MiB that the allocator does not split off: in small 4-bit models that is 0.05 % by itself.
+    """
     peaks, left = of(rows, ONE_GPU, "allocated"), of(rows, ONE_GPU, END)
 
-    assert 29 == peaks.count
+    assert 43 == peaks.count
     assert peaks.median < 0.001
     assert abs(peaks.worst) < 0.01
     assert 0 == peaks.too_low
-    assert 22 == left.count
-    assert abs(left.worst) < 0.0005
+    assert 36 == left.count
+    beyond = [
+        row for row in rows
+        if row.group == ONE_GPU and row.measured.statistic == END and abs(row.error) >= 0.0005
+    ]  # fmt: skip
+    assert {"ibm/PowerLM-3b"} == {row.case.model for row in beyond}
+    assert all(
+        abs(row.predicted_bytes - row.measured.bytes - MiB) < 0.0005 * row.measured.bytes for row in beyond
+    )
 
 
 def test_reserved_peaks_on_one_gpu(rows: list[Row]):
@@ -184,7 +194,7 @@ def test_allocated_peaks_on_several_gpus(rows: list[Row]):
     """Median 0.05 %, none beyond 3 %, none too low."""
     summary = of(rows, SHARDED, "allocated")
 
-    assert 56 == summary.count
+    assert 70 == summary.count
     assert summary.median < 0.0005
     assert abs(summary.worst) <= 0.03
     assert 0 == summary.too_low
@@ -199,10 +209,10 @@ def test_other_model_code_is_reported_apart(rows: list[Row]):
 
 
 def test_a_need_lies_between_what_a_run_allocated_and_what_it_reserved(needs: list[NeedRow]):
-    """Never below, above by 4 % at most, and inside for most of 29 runs."""
+    """Never below, above by 4 % at most, and inside for most of 43 runs."""
     errors = [need.error for need in needs]
 
-    assert 29 == len(errors)
+    assert 43 == len(errors)
     assert 0.0 == min(errors)
     assert max(errors) < 0.04
     assert sum(error == 0 for error in errors) > 15
@@ -243,6 +253,8 @@ def test_the_comparison_replays_what_estimate_does():
         ("fms-liger-llama-3.1-8b-foak-fast-kernels-liger-lora-g2-bs16", "reentrant", 0.2),
         ("fms-main-mistral-7b-v0.1-accelerated-peft-bnb-foak-lora-g1-bs4", "fused_lora", 0.001),
         ("fms-liger-mistral-7b-v0.1-accelerated-peft-bnb-foak-lora-g4-bs4", "whole_adapters", 0.005),
+        ("fms-granite-powerlm-3b-none-lora-g1-bs8", "float_logits", 0.09),
+        ("fms-granite-powerlm-3b-baseline-peft-bnb-lora-g1-bs4", "casts_embedding_back", 0.03),
         ("preflight-gpt2-b8-s256", "compute_capability", 0.1),
         ("cift-qwen2.5-1.5b-instruct_qlora_s2048_b1_r16", "hold_logits", 0.1),
     ],
@@ -294,7 +306,7 @@ def test_slices_of_whole_dimensions_and_added_tokens_are_what_fills_the_cache(na
     ("name", "peak", "held"),
     [
         ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g1-bs8", 67.5, 56.9),
-        ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g2-bs8", 65.1, 54.4),
+        ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g2-bs8", 65.1, 54.0),
         ("fms-main-mistral-7b-v0.1-none-full-g1-bs8", 77.1, 70.4),
         ("fms-main-mistral-7b-v0.1-foak-fast-kernels-full-g1-bs8", 75.3, 68.5),
         ("fms-liger-mistral-7b-v0.1-foak-fast-kernels-full-g1-bs8", 75.3, 68.5),

@@ -136,3 +136,18 @@ def test_the_next_block_is_fetched_early_unless_adapters_are_units(adapter_units
     assert (set() if adapter_units else {0}) == during
     assert {0} == set(units.gathered)
     assert isinstance(units.gathered[0], Storage)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_reentrant_checkpointing_fetches_nothing_ahead(layer: int | None):
+    """Neither the last block, when backward begins at the loss, nor the next one."""
+    g = Graph()
+    contents = Contents([0, 1], {key: [Part("w", (8,), "float32", "float32")] for key in (None, 0, 1)})
+    sharded = job(method="lora", parallel__strategy="FULL_SHARD", parallel__dp_shard="2")
+    fetched = []
+    for fetches_ahead in (True, False):
+        units = Fsdp1Units(g, layout(sharded), contents, adapter_units=False, fetches_ahead=fetches_ahead)
+        units.visit_backward(layer)
+        fetched.append(set(units.gathered))
+
+    assert [{1 if layer is None else 0}, set()] == fetched

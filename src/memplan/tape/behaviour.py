@@ -33,8 +33,8 @@ class Behaviour:
     """A script whose step is a function: the output that it keeps goes when it returns."""
     slices_hidden: bool = False
     """
-    The head is given `hidden_states[:, -k:, :]`, of which k = 0 takes all: transformers since 4.45. It matters before
-    torch 2.9 (tape/views.py, whole_slices).
+    The head is given `hidden_states[:, -k:, :]`, of which k = 0 takes all: transformers since 4.45, Granite since 4.48
+    (modeling_granite.py). It matters before torch 2.9 (tape/views.py, whole_slices).
     """
     hold_hidden: bool = False
     """The last hidden states live until the loss is there: locals of transformers' `forward`."""
@@ -44,7 +44,10 @@ class Behaviour:
     (loss_utils.py; before 4.46 in each model's `forward`).
     """
     float_logits: bool = False
-    """`forward` itself makes the logits float32 and drops the 16-bit ones: transformers before 4.46."""
+    """
+    `forward` itself makes the logits float32 and drops the 16-bit ones: transformers before 4.46, Granite before 4.48
+    (modeling_granite.py).
+    """
     upcast_logits: bool = True
     """float32 copy of the logits before the loss (transformers: always; a loss kernel of its own may not)."""
     float_output: bool = False
@@ -66,6 +69,11 @@ class Behaviour:
     the gradients of the unit's inputs, whose handle keeps them until backward ends; with reentrant checkpointing
     those are the blocks' inputs, cut off their graph, and their gradients
     (_runtime_utils.py, _register_post_backward_reshard_only_hook).
+    """
+    checkpoints_inside_units: bool = False
+    """
+    A script checkpoints what FSDP1 has wrapped, as torch's apply_activation_checkpointing does to a wrapped model; in
+    transformers the checkpoint is around the unit (tape/fsdp1.py).
     """
     repeat_key_heads: bool = False
     """
@@ -112,6 +120,11 @@ class Behaviour:
     """
     liger_before_0_5: bool = False
     """Liger's fused loss in its first form (tape/kernels.py)."""
+    casts_embedding_back: bool = False
+    """
+    With bf16, TRL's SFTTrainer gives a 4-bit model that peft has prepared its embedding and its head in bfloat16 again;
+    norms and biases stay in float32 (trl 0.11, trainer/utils.py, peft_module_casting_to_bf16).
+    """
     loads_on_device: bool = False
     """
     `from_pretrained` puts the weights on the device itself, as it does with every 4-bit model and wherever it is given
@@ -191,8 +204,8 @@ class Behaviour:
             Behaviour.for_job(job),
             torch=_version(versions["torch"]) if "torch" in versions else TORCH,
             shift_logits=transformers < (4, 49),
-            slices_hidden=transformers >= (4, 45),
-            float_logits=transformers < (4, 46),
+            slices_hidden=transformers >= ((4, 48) if family == "granite" else (4, 45)),
+            float_logits=transformers < ((4, 48) if family == "granite" else (4, 46)),
             prefetch=job.loop == "hf_trainer" and transformers >= (4, 46),
             trainer_scalars=Behaviour.for_job(job).trainer_scalars and not old_trainer,
             # peft's PeftModel and prepare_model_for_kbit_training both call it where checkpointing is on.
@@ -206,6 +219,9 @@ class Behaviour:
             check_packing=transformers >= (4, 54),
             remap_positions=transformers >= (5, 23),
             rotary_product=transformers < (5, 19),
+            casts_embedding_back=(
+                "trl" in versions and job.quantization.kbit_preparation and job.autocast == "bfloat16"
+            ),
             loads_on_device=Behaviour.for_job(job).loads_on_device and not old_trainer,
             liger_before_0_5=transformers < (4, 49),
             **flags,

@@ -19,10 +19,17 @@ class Fsdp1Units:
     `adapter_units`: each matrix of an adapter is a unit of its own (peft's fsdp_auto_wrap_policy), so that what
     backward fetches ahead is a matrix, and the next block only when the first adapter of this one is reached
     (_runtime_utils.py, _get_handle_to_prefetch).
+
+    Not `fetches_ahead`: with reentrant checkpointing around it a unit runs forward without a graph, which leaves no
+    mark that backward will need it before its recomputation has begun, and what has no mark is not fetched ahead
+    (_runtime_utils.py, _register_pre_backward_hooks).
     """
 
-    def __init__(self, g: Graph, layout: Layout, contents: Contents, *, adapter_units: bool) -> None:
+    def __init__(
+        self, g: Graph, layout: Layout, contents: Contents, *, adapter_units: bool, fetches_ahead: bool = True
+    ) -> None:
         self.adapter_units = adapter_units
+        self.fetches_ahead = fetches_ahead
         self.g = g
         self.layout = layout
         self.contents = contents
@@ -58,7 +65,7 @@ class Fsdp1Units:
             self._gather_ahead(layer)
 
     def _gather_ahead(self, layer: int | None) -> None:
-        following = self._following(layer)
+        following = self._following(layer) if self.fetches_ahead else None
         if following is not None and following not in self.unsharded and following not in self.gathered:
             self._gather(following)
 

@@ -282,10 +282,17 @@ class Builder:
         g = self.g
         g.begin("kbit")
         for parameter in self.base:
-            if parameter.dtype != "float32":
-                g.enter(parameter.layer)
-                parameter.storage = g.new(parameter.shape, "float32", parameter.name, "weights").storage
-                parameter.dtype = "float32"
+            self._recast(parameter, "float32")
+        for parameter in self.base:
+            if self.behaviour.casts_embedding_back and parameter.layer is None and len(parameter.shape) > 1:
+                self._recast(parameter, "bfloat16")
+
+    def _recast(self, parameter: Parameter, dtype: str) -> None:
+        """`parameter.data = parameter.data.to(dtype)`"""
+        if parameter.dtype != dtype:
+            self.g.enter(parameter.layer)
+            parameter.storage = self.g.new(parameter.shape, dtype, parameter.name, "weights").storage
+            parameter.dtype = dtype
 
     def keep_rows(self, weight: Parameter | None) -> None:
         """peft's copy of the rows that train, as they are before; it is cast where adapters are."""

@@ -118,7 +118,13 @@ def _units(g: Graph, job: Job, builder: Builder, behaviour: Behaviour) -> Units 
         return None
     if behaviour.fsdp1:
         has_adapter_units = job.method in ("lora", "qlora") and not behaviour.whole_adapters
-        return Fsdp1Units(g, degrees, builder.contents, adapter_units=has_adapter_units)
+        return Fsdp1Units(
+            g,
+            degrees,
+            builder.contents,
+            adapter_units=has_adapter_units,
+            fetches_ahead=not behaviour.reentrant or behaviour.checkpoints_inside_units,
+        )
     return Fsdp2Units(g, degrees, builder.contents, has_backward=job.method != "npt")
 
 
