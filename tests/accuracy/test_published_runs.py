@@ -106,7 +106,7 @@ def test_allocated_peaks_on_one_gpu(rows: list[Row]):
     ]  # fmt: skip
     assert {"ibm/PowerLM-3b"} == {row.case.model for row in beyond}
     assert all(
-        abs(row.predicted_bytes - row.measured.bytes - MiB) < 0.0005 * row.measured.bytes for row in beyond
+        abs(row.predicted_bytes - row.measured.bytes) < 0.0005 * row.measured.bytes + MiB for row in beyond
     )
 
 
