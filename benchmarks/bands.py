@@ -45,7 +45,7 @@ def error_bands(rows: Sequence[Row], needs: Sequence[NeedRow]) -> dict[str, Any]
     sharded = [row for row in counted if row.group == SHARDED]
     if len({row.case.id for row in sharded}) >= MIN_RUNS:
         bands["sharded"] = _band(sharded, "runs on 2 and 4 GPUs")
-    traced: list[Row | NeedRow] = [row for row in counted if row.engine == TRACE]
+    traced: list[Row | NeedRow] = [row for row in counted if row.engine == TRACE and row.case.gpus == 1]
     if traced:
         bands["trace-all"] = _band([*one_gpu, *traced], "runs on one GPU, traced and not")
     for method, name in METHODS:

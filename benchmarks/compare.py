@@ -31,7 +31,8 @@ RECORDED = "recorded by us, one GPU"
 TRACED = "peft's comparison of adapters, traced"
 ALSO_TRACED = "transformers, one GPU, traced"
 SCRIPTED = "scripts of their own, traced"
-GROUPS = (ONE_GPU, ASSUMED, SHARDED, OTHER, RECORDED, ALSO_TRACED, SCRIPTED, TRACED)
+TITAN = "torchtitan under FSDP2, traced"
+GROUPS = (ONE_GPU, ASSUMED, SHARDED, OTHER, RECORDED, TITAN, ALSO_TRACED, SCRIPTED, TRACED)
 
 SHAPE, TRACE = "shape", "trace"
 """The engines."""
@@ -55,6 +56,8 @@ class Row:
     def group(self) -> str:
         if self.case.script:
             return SCRIPTED
+        if self.case.source == "torchtitan":
+            return TITAN
         if self.engine == TRACE:
             return TRACED if self.case.source == "peft" else ALSO_TRACED
         if self.case.is_recorded:

@@ -1,19 +1,23 @@
-"""Traces as rows of the accuracy page: what `benchmarks.peft_table` and `benchmarks.trace_cases` keep."""
+"""
+Traces as rows of the accuracy page: what `benchmarks.peft_table`, `benchmarks.trace_cases` and `benchmarks.titan` keep.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.compare import TRACE, Row
 from benchmarks.peft_table import PeftRun, load_runs, load_traced
 from benchmarks.published import Case, Measurement, load_published
+from benchmarks.titan import load_titan
 from benchmarks.trace_cases import load_traced_cases
 
 
 def load_traced_rows() -> list[Row]:
-    """Rows of both."""
-    return [*_also_traced(), *_comparison()]
+    """Rows of all three."""
+    return [*_also_traced(), *_comparison(), *_titan()]
 
 
 def _also_traced() -> list[Row]:
@@ -38,6 +42,22 @@ def _comparison() -> list[Row]:
             case = _case(run, result["versions"])
             rows.append(Row(case, case.measured, result["runs"][run.name]["reserved_bytes"], engine=TRACE))
     return rows
+
+
+def _titan() -> list[Row]:
+    """Of torchtitan's runs, all of which train the whole model."""
+    traced = load_titan()["cases"]
+    return [
+        Row(
+            replace(case, fields={"method": "full"}),
+            measured,
+            traced[case.id][measured.statistic],
+            engine=TRACE,
+        )
+        for case in load_published()
+        if case.id in traced
+        for measured in (case.measured, *case.also_measured)
+    ]
 
 
 def choose_result(run: PeftRun, results: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -59,6 +59,8 @@ class Target:
     wanted: str = "auto"
     """The job's `attention_kernel`."""
     kernels: set[str] = field(default_factory=set, compare=False)
+    limited: set[str] = field(default_factory=set, compare=False)
+    """Those of them that code chose among fewer kernels or in an order of its own, with `sdpa_kernel`."""
 
     @property
     def cudnn(self) -> tuple[int, int]:
@@ -83,23 +85,36 @@ class Target:
             preferred = version >= (2, 10) and self.cudnn > (9, 15) and major in (9, 10)
         return CUDNN_FIRST if preferred else FLASH_FIRST
 
-    def kernel_for(self, call: Call) -> str:
+    def kernel_for(self, call: Call, order: tuple[str, ...] | None = None) -> str:
         """
         `flash`, `efficient`, `cudnn`, `math`, or on a CPU `flash_cpu` or `math`.
 
+        Args:
+            order: the kernels that code allows, from its first choice to its last; None: torch's own.
+
         Raises:
-            JobError: the job names a kernel that does not take the call.
+            JobError: the job names a kernel that does not take the call, or code allows none that does.
         """
         if self.wanted != "auto":
             self._check_wanted(call)
             chosen = self.wanted
-        elif self.device == "cpu":
-            chosen = "math" if self.refusal("flash", call) else "flash"
         else:
-            chosen = next(kernel for kernel in self.order if self.refusal(kernel, call) is None)
+            chosen = self._first(call, order)
+            if order is not None:
+                self.limited.add(chosen)
         if self.device == "cpu" and chosen == "flash":
             chosen = "flash_cpu"
         self.kernels.add(chosen)
+        return chosen
+
+    def _first(self, call: Call, order: tuple[str, ...] | None) -> str:
+        wanted = order or (("flash", "math") if self.device == "cpu" else self.order)
+        chosen = next((kernel for kernel in wanted if self.refusal(kernel, call) is None), None)
+        if chosen is None:
+            raise JobError(
+                f"`sdpa_kernel` allows {' and '.join(wanted)} alone: {wanted[0]} {self.refusal(wanted[0], call)}",
+                hint="allow `SDPBackend.MATH` too, which takes every call",
+            )
         return chosen
 
     def refusal(self, kernel: str, call: Call) -> str | None:
@@ -199,9 +214,11 @@ class Target:
         names = " and ".join(sorted(self.kernels))
         version = ".".join(map(str, self.torch[:2]))
         where = self.card if is_known else f"{self.card}, as no GPU with a known one is named"
-        why = (
-            "as `attention_kernel` says" if self.wanted != "auto" else f"torch {version}'s choice on {where}"
-        )
+        why = f"torch {version}'s choice on {where}"
+        if self.wanted != "auto":
+            why = "as `attention_kernel` says"
+        elif self.limited == self.kernels:
+            why = "as `sdpa_kernel` says"
         notes = [f"attention runs torch's {names} kernel, {why}"]
         if "cudnn" in self.kernels:
             notes.append(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from memplan.tape.backends import Call, Target
 
@@ -39,7 +40,8 @@ def attention(target: Target) -> Callable[..., Tensor]:
                 broadcast=unequal and not enable_gqa,
                 trains=_needs_grad(query, key, value),
                 value_head_dim=value.shape[-1],
-            )
+            ),
+            _order(target),
         )
         if kernel == "flash_cpu":
             bias = None if attn_mask is None else _additive_bias(attn_mask, query)
@@ -68,6 +70,35 @@ def attention(target: Target) -> Callable[..., Tensor]:
         )
 
     return scaled_dot_product_attention
+
+
+_NAMES = {
+    int(SDPBackend.FLASH_ATTENTION): "flash",
+    int(SDPBackend.EFFICIENT_ATTENTION): "efficient",
+    int(SDPBackend.MATH): "math",
+    int(SDPBackend.CUDNN_ATTENTION): "cudnn",
+}
+_TORCHS_ORDER = list(_NAMES.values())
+"""As torch's context has it before anyone sets it; what it then prefers depends on the card (sdp_utils.cpp)."""
+
+
+def _order(target: Target) -> tuple[str, ...] | None:
+    """The kernels that `sdpa_kernel` and the flags of torch.backends.cuda allow, in order; None where all are."""
+    backends = torch.backends.cuda
+    allowed = {
+        "flash": backends.flash_sdp_enabled(),
+        "efficient": backends.mem_efficient_sdp_enabled(),
+        "math": backends.math_sdp_enabled(),
+        "cudnn": backends.cudnn_sdp_enabled(),
+    }
+    order = [_NAMES[value] for value in torch._C._get_sdp_priority_order() if value in _NAMES]
+    is_own = order != _TORCHS_ORDER
+    if all(allowed.values()) and not is_own:
+        return None
+    kernels: tuple[str, ...] = tuple(order) if is_own else target.order
+    if target.device == "cpu":
+        kernels = ("flash", "math")
+    return tuple(kernel for kernel in kernels if allowed[kernel])
 
 
 def _first(outputs: tuple[Any, ...]) -> Tensor:

@@ -1,13 +1,14 @@
 """
-Rank 0 of many on one CPU: torch's own DDP and FSDP2 over a process group that sends nothing, on meta tensors.
+Rank 0 of many on one CPU: torch's own DDP, FSDP2 and DTensor over a process group that sends nothing, on meta tensors.
 
-Streams are objects without a device that are told apart: what is allocated under one is on the tape with its number,
-since the allocator keeps pools per stream.
+`fake_process_group` is for code of the user's, `rank_zero` for jobs. Streams are objects without a device that are told
+apart: what is allocated under one is on the tape with its number, since the allocator keeps pools per stream.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import types
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memplan.errors import TraceError
 from memplan.job.spec import Job
 from memplan.tracing.build import META
 from memplan.tracing.recorder import Recorder
@@ -118,9 +120,60 @@ def _nothing(*_: Any) -> None:
     pass
 
 
+_groups: list[_Streams] = []
+"""The streams of the fake process group, while there is one."""
+
+
+def current_streams() -> _Streams | None:
+    """Those of the fake process group; None outside of one."""
+    return _groups[-1] if _groups else None
+
+
 @contextlib.contextmanager
-def rank_zero(recorder: Recorder, job: Job) -> Iterator[Group]:
-    """The group of the job's ranks as rank 0 sees it. What belongs to a stream is recorded with its number."""
+def fake_process_group(world_size: int) -> Iterator[None]:
+    """
+    Within, `torch.distributed` is rank 0 of `world_size` ranks that are not there, to shard models for `memplan.trace`.
+
+    Collectives give tensors of the right shapes and send nothing. Devices named `cuda` are meta, also those of a
+    `DeviceMesh`; without a mesh `fully_shard` shards over all ranks. Build the model in here under
+    `torch.device("meta")`, shard it, and trace its step in here too. Rank 0 has the largest part of what does not
+    divide.
+
+    Raises:
+        TraceError: `world_size` is below 1, or the process is in a process group already.
+    """
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise TraceError(f"`world_size` is {world_size!r}", hint="give the number of ranks, 1 or more")
+    if dist.is_initialized():
+        raise TraceError(
+            "this process is in a process group already, and a traced step is of ranks that are not there",
+            hint="trace in a process of its own, or call `torch.distributed.destroy_process_group()` before",
+        )
+    from memplan.tracing.user_code import devices_are_meta
+
+    mesh: Any = dist.DeviceMesh
+    make = mesh.__init__
+
+    def make_meta(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        make(self, META.type if device_type == "cuda" else device_type, *args, **kwargs)
+
+    changes: list[tuple[Any, str, Any]] = [(mesh, "__init__", make_meta)]
+    for name in ("_fsdp_init", "_fully_shard"):
+        module = importlib.import_module(f"torch.distributed.fsdp._fully_shard.{name}")
+        if hasattr(module, "_init_default_mesh"):
+            changes.append((module, "_init_default_mesh", lambda *_, **__: _all_ranks(world_size)))
+        if hasattr(module, "_init_default_fully_shard_mesh"):
+            changes.append((module, "_init_default_fully_shard_mesh", lambda: _all_ranks(world_size)))
+    with _fake_group(world_size), replaced(changes), devices_are_meta("cuda"):
+        yield
+
+
+def _all_ranks(world_size: int) -> dist.DeviceMesh:
+    return dist.init_device_mesh(META.type, (world_size,))
+
+
+@contextlib.contextmanager
+def _fake_group(world_size: int) -> Iterator[_Streams]:
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -142,14 +195,25 @@ def rank_zero(recorder: Recorder, job: Job) -> Iterator[Group]:
     ]
     changes = [entry for entry in changes if hasattr(entry[0], entry[1])]
     torch.meta = sys.modules["torch.meta"] = streams.module()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=job.world_size)
-    recorder.stream = streams.number
+    hook = sys.excepthook  # torch puts the rank in front of what the process says at its end
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    _groups.append(streams)
     try:
         with replaced(changes):
-            yield Group(world_size=job.world_size, device=META)
+            yield streams
     finally:
+        _groups.pop()
         dist.destroy_process_group()
+        sys.excepthook = hook
         del torch.meta, sys.modules["torch.meta"]
+
+
+@contextlib.contextmanager
+def rank_zero(recorder: Recorder, job: Job) -> Iterator[Group]:
+    """The group of the job's ranks as rank 0 sees it. What belongs to a stream is recorded with its number."""
+    with _fake_group(job.world_size) as streams:
+        recorder.stream = streams.number
+        yield Group(world_size=job.world_size, device=META)
 
 
 def finish_reductions(parallel: Parallel) -> None:

@@ -21,10 +21,18 @@ _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class StandIns:
-    """Meta tensors for real ones; those that share a storage still do."""
+    """
+    Meta tensors for real ones; those that share a storage still do.
 
-    def __init__(self) -> None:
+    Args:
+        keeps_meta: tensors that are meta already stay, and so whatever sharding and DDP know of them; only their
+            gradients are put aside.
+    """
+
+    def __init__(self, *, keeps_meta: bool = False) -> None:
+        self.keeps_meta = keeps_meta
         self._storages: dict[int, torch.UntypedStorage] = {}
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
         self.swapped: list[tuple[Tensor, Tensor]] = []
         """Tensors that are meta now, and those that hold what they were."""
 
@@ -41,10 +49,14 @@ class StandIns:
 
     def swap(self, tensor: Tensor, name: str) -> None:
         """Put aside what a tensor holds, and its gradient."""
+        if self.keeps_meta and tensor.device.type == "meta":
+            self._gradients.append((tensor, tensor.grad if tensor.is_leaf else None))
+            return
         if hasattr(tensor, "device_mesh"):
             raise TraceError(
-                f"`{name}` is sharded over devices, and a traced step is of one",
-                hint="trace the model before it is wrapped; `memplan estimate --engine trace` plans FSDP2 and DDP",
+                f"`{name}` is sharded over ranks that are there",
+                hint="build the model on the meta device and shard it within `memplan.fake_process_group(world_size)`, "
+                "and trace its step there",
             )
         other = self.of(tensor.detach()).requires_grad_(tensor.requires_grad)
         if tensor.is_leaf and tensor.grad is not None:
@@ -58,6 +70,9 @@ class StandIns:
             _exchange(tensor, other, "a parameter")
             if hasattr(tensor, "_shadow"):
                 del tensor._shadow
+        for tensor, gradient in self._gradients:
+            if tensor.is_leaf:
+                tensor.grad = gradient
 
 
 def _exchange(tensor: Tensor, other: Tensor, name: str) -> None:
@@ -79,9 +94,11 @@ def _exchange(tensor: Tensor, other: Tensor, name: str) -> None:
 
 
 @contextmanager
-def on_meta(models: dict[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[StandIns]:
-    """Within, the parameters, buffers, gradients and optimizer states are meta tensors."""
-    stand_ins = StandIns()
+def on_meta(
+    models: dict[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer], *, keeps_meta: bool = False
+) -> Iterator[StandIns]:
+    """Within, the parameters, buffers, gradients and optimizer states are meta tensors; arguments as `StandIns`."""
+    stand_ins = StandIns(keeps_meta=keeps_meta)
     seen: set[int] = set()
     held: list[tuple[torch.optim.Optimizer, Any, list[dict[str, Any]]]] = []
     try:

@@ -32,6 +32,7 @@ from memplan.tracing.places import Place, places_of
 from memplan.tracing.recorder import Recorder
 from memplan.tracing.reference_code import note_on_reference_code, reference_code
 from memplan.tracing.shadow import MAX_FLOATS, MAX_INTEGERS
+from memplan.tracing.sharded import current_streams
 from memplan.tracing.stand_in import on_meta, quant_constants
 from memplan.tracing.step_notes import notes_on_models, notes_on_run
 from memplan.tracing.step_phases import StepPhases
@@ -42,6 +43,7 @@ from memplan.tracing.user_code import (
     followed_imports,
     torch_functions,
 )
+from memplan.train.parallel import local_part
 
 Step = Callable[[Any], Any]
 
@@ -135,6 +137,9 @@ def trace_run(
     target = target_of(behaviour, device)
     recorder = recorder_for(behaviour, device)
     phases = StepPhases(recorder)
+    streams = current_streams()
+    if streams is not None:
+        recorder.stream = streams.number
     parameters = _count(models)
     with ExitStack() as stack:
         stack.enter_context(_undisturbed())
@@ -145,7 +150,7 @@ def trace_run(
         stack.enter_context(all_finite())
         stack.enter_context(phases.seen())
         stack.enter_context(followed_imports(functions))
-        stand_ins = stack.enter_context(on_meta(models, optimizers))
+        stand_ins = stack.enter_context(on_meta(models, optimizers, keeps_meta=streams is not None))
         for tensor, values in stand_ins.swapped:
             if not isinstance(tensor, nn.Parameter):
                 _give_values(recorder, tensor, values)
@@ -212,26 +217,26 @@ def _load(
     for prefix, model in models.items():
         recorder.places.tell(_places(prefix, model))
         for name, parameter in model.named_parameters():
-            recorder.adopt(parameter, "weights", f"{prefix}{name}")
+            recorder.adopt(local_part(parameter), "weights", f"{prefix}{name}")
             named[f"{prefix}{name}"] = parameter
         for name, buffer in model.named_buffers():
-            recorder.adopt(buffer, "weights", f"{prefix}{name}")
+            recorder.adopt(local_part(buffer), "weights", f"{prefix}{name}")
         for name, constant in quant_constants(model):
             recorder.adopt(constant, "quant_state", f"{prefix}{name}")
     for name, parameter in named.items():
         if parameter.grad is not None:
-            recorder.adopt(parameter.grad, "gradients", f"{name} grad")
+            recorder.adopt(local_part(parameter.grad), "gradients", f"{name} grad")
     for number, optimizer in enumerate(optimizers):
         known = {id(parameter) for parameter in named.values()}
         for group in optimizer.param_groups:
             for index, parameter in enumerate(group["params"]):
                 if id(parameter) not in known:
                     named[f"optimizer {number} parameter {index}"] = parameter
-                    recorder.adopt(parameter, "weights", f"optimizer {number} parameter {index}")
+                    recorder.adopt(local_part(parameter), "weights", f"optimizer {number} parameter {index}")
         for name, parameter in named.items():
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    recorder.adopt(value, "optimizer", f"{name} {key}")
+                    recorder.adopt(local_part(value), "optimizer", f"{name} {key}")
         recorder.watch(named, optimizer)
     if not optimizers:
         recorder.watch(named, None)
