@@ -7,6 +7,7 @@ Writes docs/accuracy.md and src/memplan/profiles/accuracy.json; takes half a min
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 
@@ -21,12 +22,18 @@ from benchmarks.summary import summarize
 from benchmarks.traced import load_traced_rows
 
 REPORT = Path(__file__).parent.parent / bands.REPORT
-TRACE_SECONDS = 60
-"""For tracing runs of peft's comparison again."""
 
 
 def main() -> None:
     """Compare every case, print the summary, write both files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
+    parser.add_argument(
+        "--retrace-seconds",
+        type=int,
+        default=60,
+        help="how long to trace runs of peft's comparison again (default: 60; 0: none)",
+    )
+    arguments = parser.parse_args()
     cases = [*load_published(), *load_recorded()]
     rows = [row for case in cases for row in compare(case)] + load_traced_rows()
     needs = [need for case in cases if (need := compare_need(case)) is not None]
@@ -41,11 +48,12 @@ def main() -> None:
     bands.FILE.write_text(bands.dump_bands(bands.error_bands(rows, needs)), encoding="utf-8")
     for path in (REPORT, bands.FILE):
         print(f"wrote {path.relative_to(REPORT.parent.parent)}")
-    _trace_again()
+    if arguments.retrace_seconds:
+        _trace_again(arguments.retrace_seconds)
 
 
-def _trace_again() -> None:
-    """Hold the file of traces to what the installed versions give, for as many runs as TRACE_SECONDS allow."""
+def _trace_again(seconds: int) -> None:
+    """Hold the file of traces to what the installed versions give, for as many runs as `seconds` allow."""
     recorded = next(
         (result["runs"] for result in load_traced() if result["versions"] == installed_versions()), None
     )
@@ -54,7 +62,7 @@ def _trace_again() -> None:
         return
     start, checked, changed = time.monotonic(), 0, []
     for run in load_runs():
-        if run.name in recorded and time.monotonic() - start < TRACE_SECONDS:
+        if run.name in recorded and time.monotonic() - start < seconds:
             checked += 1
             if trace_run(run).reserved_bytes != recorded[run.name]["reserved_bytes"]:
                 changed.append(run.name)

@@ -8,7 +8,7 @@ from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import ASSUMED, ONE_GPU, RECORDED, SHARDED, TRACE, NeedRow, Row
+from benchmarks.compare import ASSUMED, ONE_GPU, RECORDED, SHARDED, TITAN, TRACE, NeedRow, Row
 
 FILE = Path(__file__).parent.parent / "src" / "memplan" / "profiles" / "accuracy.json"
 MIN_RUNS = 19
@@ -16,6 +16,8 @@ MIN_RUNS = 19
 A kind of job with fewer runs has no band of its own. Of n + 1 runs alike, the last lies between the smallest and the
 largest of the others with a probability of (n - 1) / (n + 1), if ties are left out: 90 % for 19.
 """
+MIN_SOURCES = 3
+"""Runs of one source share its software and its way to measure, and say little about a job that somebody else runs."""
 REPORT = "docs/accuracy.md"
 METHODS = (("full", "full"), ("lora", "LoRA"), ("qlora", "QLoRA"), ("npt", "NPT"))
 
@@ -40,20 +42,25 @@ def error_bands(rows: Sequence[Row], needs: Sequence[NeedRow]) -> dict[str, Any]
     bands = {"all": _band(one_gpu, "runs on one GPU")}
     for method, name in METHODS:
         chosen = [row for row in one_gpu if row.case.method == method]
-        if len({row.case.id for row in chosen}) >= MIN_RUNS:
+        if _are_enough(chosen):
             bands[method] = _band(chosen, f"{name} runs on one GPU")
-    sharded = [row for row in counted if row.group == SHARDED]
-    if len({row.case.id for row in sharded}) >= MIN_RUNS:
-        bands["sharded"] = _band(sharded, "runs on 2 and 4 GPUs")
+    sharded = [row for row in counted if row.group in (SHARDED, TITAN)]
+    if _are_enough(sharded):
+        bands["sharded"] = _band(sharded, "runs on several GPUs")
     traced: list[Row | NeedRow] = [row for row in counted if row.engine == TRACE and row.case.gpus == 1]
     if traced:
         bands["trace-all"] = _band([*one_gpu, *traced], "runs on one GPU, traced and not")
     for method, name in METHODS:
         chosen = [row for row in traced if row.case.method == method]
-        if len({row.case.id for row in chosen}) >= MIN_RUNS:
+        if _are_enough(chosen):
             chosen += [row for row in one_gpu if row.case.method == method]
             bands[f"trace-{method}"] = _band(chosen, f"{name} runs on one GPU, traced and not")
     return bands
+
+
+def _are_enough(rows: Sequence[Row | NeedRow]) -> bool:
+    runs, sources = ({getattr(row.case, name) for row in rows} for name in ("id", "source"))
+    return len(runs) >= MIN_RUNS and len(sources) >= MIN_SOURCES
 
 
 def _band(rows: Sequence[Row | NeedRow], what: str) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from benchmarks.summary import summarize
 def row(
     number: int, method: str, measured: int, predicted: int, *, gpus: int = 1, trust: str = "high"
 ) -> Row:
-    """A row of an allocated peak."""
+    """A row of an allocated peak, from one of three sources."""
     figure = Measurement("allocated", measured, "")
-    case = Case(f"{method}-{number}", "", "", "", gpus, "", figure, trust, fields={"method": method})
+    source = f"source {number % 3}"
+    case = Case(f"{method}-{number}", source, "", "", gpus, "", figure, trust, fields={"method": method})
     return Row(case, figure, predicted)
 
 
@@ -49,6 +50,14 @@ def test_bands_are_by_method_and_rounded_outwards():
     assert (-0.0301, 0.25) == (bands["all"]["low"], bands["all"]["high"])
     assert (0.0, 1.0) == (bands["sharded"]["low"], bands["sharded"]["high"])
     assert bands["lora"]["source"].startswith("smallest and largest error on 19 published LoRA runs")
+
+
+def test_two_sources_make_no_band_of_a_kind():
+    """However many runs they publish: their software and their way to measure are the same."""
+    rows = [row(number, "lora", 100, 100) for number in range(60) if number % 3]
+
+    assert {"all"} == error_bands(rows, []).keys()
+    assert {"all", "lora"} == error_bands([*rows, row(60, "lora", 100, 100)], []).keys()
 
 
 def test_a_need_beyond_what_a_run_reserved_widens_the_band():

@@ -128,7 +128,17 @@ def test_a_trace_has_the_error_band_of_both_engines():
     figure = Measurement("reserved", 1000, "")
     rows = [
         Row(
-            Case(f"{engine}-{number}", "", "", "", 1, "", figure, "high", fields={"method": "lora"}),
+            Case(
+                f"{engine}-{number}",
+                f"source {number % 3}",
+                "",
+                "",
+                1,
+                "",
+                figure,
+                "high",
+                fields={"method": "lora"},
+            ),
             figure,
             predicted,
             engine,
