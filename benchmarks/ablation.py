@@ -15,6 +15,7 @@ FACTS = {
     "float_logits": "16-bit logits dropped when the float32 ones are made (transformers before 4.46)",
     "reentrant": "reentrant checkpointing (transformers before 5)",
     "fsdp1": "what FSDP1 keeps of frozen blocks, and its flat units",
+    "recomputes_units": "FSDP1's units gathered again for a checkpoint around them, and none ahead",
     "triton_loss": "a loss kernel that writes the gradient over the logits",
     "triton_norm": "a norm kernel that saves its input only",
     "fused_lora": "fused LoRA over 4-bit layers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -142,7 +142,7 @@ class Run:
         if statistic == "reserved":
             return max(phase.reserved_peak_bytes for phase in phases)
         if statistic == "device":
-            return self._device_bytes()
+            return self._mean_over_ranks()
         if statistic == END and self.case.gpus == 1:
             return self.replay.allocated_bytes
         return None
@@ -175,6 +175,16 @@ class Run:
     def _inside(self, mark: Mark) -> bool:
         return {"process": True, "train": mark.step > 0, "second step": mark.step == 2}[self.case.scope]
 
+    def _mean_over_ranks(self) -> int:
+        """What is published of several GPUs is their mean; ranks of FSDP1 have other parts of the tensors."""
+        if not self.behaviour.fsdp1:
+            return self._device_bytes()
+        others = [
+            Run(self.case, replace(self.behaviour, rank=rank))._device_bytes()
+            for rank in range(1, self.case.gpus)
+        ]
+        return sum(others, self._device_bytes()) // self.case.gpus
+
     def _device_bytes(self) -> int:
         """What the driver shows: at a card's capacity the allocator gives its cache back instead of growing."""
         limit, replayed = self.limit_bytes, self.replay
@@ -200,6 +210,8 @@ class Run:
             self.case.job.allocator,
             limit_bytes=limit_bytes,
             marks=tape.marks,
+            recorded=tape.recorded,
+            waits=tape.waits,
         )
 
 

@@ -87,6 +87,8 @@ class Case:
     """Replicas that FSDP keeps in step, without cutting anything."""
     checkpoints_inside_units: bool = False
     """A script checkpointed what FSDP1 had wrapped."""
+    wrapped_dtype: str | None = None
+    """FSDP1 wrapped the model in this dtype, which it was loaded in, before the shards were made float32."""
     loads_on_device: bool = False
     """`from_pretrained` was given a `device_map`."""
     products_before: bool = False
@@ -137,7 +139,8 @@ class Case:
             step_is_function=self.step_is_function,
             upcast_logits=self.upcast_logits,
             fsdp1=behaviour.fsdp1 or self.fsdp1,
-            checkpoints_inside_units=self.checkpoints_inside_units,
+            recomputes_units=behaviour.recomputes_units and not self.checkpoints_inside_units,
+            wrapped_dtype=self.wrapped_dtype,
             loads_on_device=behaviour.loads_on_device or self.loads_on_device,
             products_before=self.products_before,
             # Both are of transformers; torchtune, litgpt and the like train without a cache, and index nothing.

@@ -57,7 +57,12 @@ Errors are predicted / measured - 1: above zero the prediction is too high. "Too
 GROUP_NOTES = {
     ONE_GPU: "Llama, Mistral, Granite, Qwen2 and GPT-2 as transformers runs them; the source leaves nothing open.",
     ASSUMED: "The same, where the source leaves one thing open that is assumed.",
-    SHARDED: "FSDP1 and replicas, which are planned to first order.",
+    SHARDED: (
+        "FSDP1, unit by unit, and replicas. FSDP1 hands blocks from stream to stream (`record_stream`): reserved and "
+        "device are of a host that is as far ahead of the device as FSDP1's limit on gathers and what waits for the "
+        "device allow. Its flat shards end inside tensors, so that every rank has other parts of them: device is the "
+        "mean over the ranks, as published, and the rest is of the first."
+    ),
     OTHER: (
         "litgpt and torchtune have model code of their own: other operations, other lifetimes. Our programs are "
         "transformers'; these rows say how far that carries, nothing was adapted to them."

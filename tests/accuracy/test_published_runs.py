@@ -194,13 +194,12 @@ def test_reserved_memory_of_each_stage_of_the_first_step(
 
 
 def test_allocated_peaks_on_several_gpus(rows: list[Row]):
-    """Median 0.05 %, none beyond 3 %, none too low."""
-    summary = of(rows, SHARDED, "allocated")
+    """61 within 0.02 %, 8 of Granite's within 0.5 %; fsdp_qlora's, of two decimals, within 3 %; none too low."""
+    errors = [row.error for row in rows if (row.group, row.measured.statistic) == (SHARDED, "allocated")]
 
-    assert 70 == summary.count
-    assert summary.median < 0.0005
-    assert abs(summary.worst) <= 0.03
-    assert 0 == summary.too_low
+    assert [61, 69, 70] == [sum(abs(error) < most for error in errors) for most in (0.0002, 0.005, 0.03)]
+    assert 70 == len(errors)
+    assert 0 == of(rows, SHARDED, "allocated").too_low
 
 
 def test_other_model_code_is_reported_apart(rows: list[Row]):
@@ -254,6 +253,7 @@ def test_the_comparison_replays_what_estimate_does():
         ("fms-liger-llama-3.1-8b-foak-fast-kernels-liger-lora-g1-bs16", "triton_rotary", 0.0),
         ("fms-liger-llama-3.1-8b-foak-fast-kernels-liger-lora-g2-bs16", "fsdp1", 0.2),
         ("fms-liger-llama-3.1-8b-foak-fast-kernels-liger-lora-g2-bs16", "reentrant", 0.2),
+        ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g2-bs4", "recomputes_units", 0.009),
         ("fms-main-mistral-7b-v0.1-accelerated-peft-bnb-foak-lora-g1-bs4", "fused_lora", 0.001),
         ("fms-liger-mistral-7b-v0.1-accelerated-peft-bnb-foak-lora-g4-bs4", "whole_adapters", 0.005),
         ("fms-granite-powerlm-3b-none-lora-g1-bs8", "float_logits", 0.09),
@@ -263,14 +263,12 @@ def test_the_comparison_replays_what_estimate_does():
     ],
 )
 def test_a_fact_about_the_software_is_what_makes_a_prediction_right(name: str, fact: str, off: float):
-    """Within 0.5 % with it (2 % on two GPUs); without it off by more than a share of the measurement."""
+    """Within 0.5 % with it; without it off by more than a share of the measurement."""
     case = case_named(name)
     without = dataclasses.replace(case.behaviour, **{fact: getattr(Behaviour(), fact)})
     measured = case.measured.bytes
 
-    assert Run(case, case.behaviour).predict("allocated") == pytest.approx(
-        measured, rel=0.005 if case.gpus == 1 else 0.02
-    )
+    assert Run(case, case.behaviour).predict("allocated") == pytest.approx(measured, rel=0.005)
     predicted = Run(case, without).predict("allocated")
     assert predicted is not None
     assert abs(predicted / measured - 1) >= off
@@ -309,32 +307,62 @@ def test_slices_of_whole_dimensions_and_added_tokens_are_what_fills_the_cache(na
     ("name", "peak", "held"),
     [
         ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g1-bs8", 67.5, 56.9),
-        ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g2-bs8", 65.1, 54.0),
+        ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g2-bs8", 65.5, 54.4),
+        ("fms-liger-mistral-7b-v0.1-foak-fast-kernels-full-g2-bs4", 78.1, 73.2),
         ("fms-main-mistral-7b-v0.1-none-full-g1-bs8", 77.1, 70.4),
         ("fms-main-mistral-7b-v0.1-foak-fast-kernels-full-g1-bs8", 75.3, 68.5),
         ("fms-liger-mistral-7b-v0.1-foak-fast-kernels-full-g1-bs8", 75.3, 68.5),
     ],
 )
 def test_what_is_held_once_the_cache_was_given_back(name: str, peak: float, held: float):
-    """The figures in the causes of misses near the card's capacity, GiB."""
+    """The figures in the causes of misses near the card's capacity, GiB; of several GPUs their mean."""
     case = case_named(name)
     run = Run(case, case.behaviour)
-    tape = write_tape(case.job, case.architecture, behaviour=case.behaviour, num_steps=3).flatten()
-    replayed = replay(
-        tape.events,
-        tape.sizes,
-        tape.streams,
-        case.job.allocator,
-        limit_bytes=run.limit_bytes,
-        marks=tape.marks,
-    )
     predicted = run.predict("device")
-    third = max(phase.reserved_peak_bytes for phase in replayed.phases if phase.mark.step == 3)
+    given_back = []
+    for rank in range(case.gpus):
+        behaviour = dataclasses.replace(case.behaviour, rank=rank)
+        tape = write_tape(case.job, case.architecture, behaviour=behaviour, num_steps=3).flatten()
+        replayed = replay(
+            tape.events,
+            tape.sizes,
+            tape.streams,
+            case.job.allocator,
+            limit_bytes=run.limit_bytes,
+            marks=tape.marks,
+            recorded=tape.recorded,
+            waits=tape.waits,
+        )
+        third = max(phase.reserved_peak_bytes for phase in replayed.phases if phase.mark.step == 3)
+        given_back.append(replayed.peak_reserved_bytes - third)
+        assert 1 == replayed.num_retries
 
     assert predicted is not None
-    assert 1 == replayed.num_retries
     assert peak == pytest.approx(predicted / GiB, abs=0.06)
-    assert held == pytest.approx((predicted - replayed.peak_reserved_bytes + third) / GiB, abs=0.06)
+    assert held == pytest.approx((predicted - sum(given_back) / case.gpus) / GiB, abs=0.06)
+
+
+def test_one_rank_needs_more_than_the_card_has():
+    """The figures in the cause: the second of two GPUs, and what is left of the card, GiB."""
+    case = case_named("fms-liger-llama-3.1-8b-foak-fast-kernels-liger-full-g2-bs8")
+    run = Run(case, dataclasses.replace(case.behaviour, rank=1))
+    assert run.limit_bytes is not None
+
+    assert [77.7, 76.9] == [round(num_bytes / GiB, 1) for num_bytes in (run.need_bytes(), run.limit_bytes)]
+
+
+def test_logits_are_taken_anew_on_three_of_four_gpus():
+    """The figures in the cause: what each reserves, GiB, and the mean with one block of logits less on three."""
+    case = case_named("fms-liger-llama-3.1-8b-foak-fast-kernels-full-g4-bs4")
+    runs = [Run(case, dataclasses.replace(case.behaviour, rank=rank)) for rank in range(4)]
+    reserved = [run.replay.peak_reserved_bytes / GiB for run in runs]
+    logits = max(runs[0].tape.sizes) / GiB
+    predicted = runs[0].predict("device")
+    assert predicted is not None
+
+    assert 7.8 == round(logits, 1)
+    assert [2 * logits] * 3 == pytest.approx([other - reserved[0] for other in reserved[1:]], abs=0.02)
+    assert 64.8 == round(predicted / GiB - logits * 3 / 4, 1)
 
 
 # -- what is written from it -------------------------------------------------------------------------------

@@ -145,8 +145,8 @@ def test_reentrant_checkpointing_fetches_nothing_ahead(layer: int | None):
     contents = Contents([0, 1], {key: [Part("w", (8,), "float32", "float32")] for key in (None, 0, 1)})
     sharded = job(method="lora", parallel__strategy="FULL_SHARD", parallel__dp_shard="2")
     fetched = []
-    for fetches_ahead in (True, False):
-        units = Fsdp1Units(g, layout(sharded), contents, adapter_units=False, fetches_ahead=fetches_ahead)
+    for recomputes in (False, True):
+        units = Fsdp1Units(g, layout(sharded), contents, recomputes_units=recomputes)
         units.visit_backward(layer)
         fetched.append(set(units.gathered))
 

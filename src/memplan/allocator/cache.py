@@ -149,14 +149,18 @@ class Cache(Segments):
     def release_cached(self) -> None:
         """
         Give every cached segment, or page of an expandable segment, that holds nothing alive back to the
-        driver (`release_cached_blocks`).
+        driver (`release_cached_blocks`), when all streams have come by.
         """
+        self.pass_events()
         for pool in self.pools:
             for row in pool.rows.copy():
                 if self.expandable:
                     self.unmap(row)
                 elif self.is_whole(row):
                     self.release(row)
+
+    def pass_events(self) -> None:
+        """What was freed while another stream used it is cached from now on; overridden where blocks are freed."""
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
         """

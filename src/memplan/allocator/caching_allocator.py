@@ -2,7 +2,7 @@
 A simulation of PyTorch's CUDA caching allocator: which bytes are handed out, which are held from the driver.
 
 The rules are those of `DeviceCachingAllocator` in `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13, for one
-device without CUDA graphs, private pools or `record_stream`:
+device without CUDA graphs or private pools:
 
 * requests are rounded up to 512 B, or to a fraction of a power of two (`roundup_power2_divisions`);
 * requests up to 1 MiB live in the small pool, larger ones in the large pool; each stream has its own of both;
@@ -12,7 +12,9 @@ device without CUDA graphs, private pools or `record_stream`:
   10 MiB, else the request rounded up to 2 MiB. Expandable segments instead map pages of 2 MiB (small pool) or
   20 MiB (large) at the lowest address where the request fits;
 * if the driver has none left, cached segments (or whole pages) go back to it and the request is tried again;
-* a freed block merges with free neighbours of its segment.
+* a freed block merges with free neighbours of its segment;
+* one that another stream has used (`record_stream`) does so later, when that stream has come by; when the driver
+  has no more memory, the host waits for that, but the cache is not searched again.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ class CachingAllocator(Cache):
         """The storage whose allocation made the peak; 0 if none did since `reset_peaks`."""
         self._live: dict[int, int] = {}
         """Row of the block of each live storage; `BOUNDARY` if it has none."""
+        self.outstanding: dict[int, int] = {}
+        """Row of the block of each storage that was freed before another stream had come by, oldest first."""
 
     # Allocating and freeing
 
@@ -66,6 +70,23 @@ class CachingAllocator(Cache):
     def free(self, storage: int) -> None:
         """Take a storage back. KeyError if it is not alive."""
         self.run((-storage,), {}, {})
+
+    def free_recorded(self, storage: int) -> None:
+        """
+        Take a storage back that another stream may still use (`record_stream`): it counts as allocated no more, and is
+        cached when `pass_events` finds its event over (`insert_events`). KeyError if it is not alive.
+        """
+        block = self._live.pop(storage)
+        if block != BOUNDARY:
+            self.outstanding[storage] = block
+            self.allocated_bytes -= self.blocks.size[block]
+
+    def pass_events(self, count: int | None = None) -> None:
+        """The events of the oldest `count` outstanding blocks are over (None: of all): they are cached."""
+        for storage in [*self.outstanding][:count]:
+            self._live[storage] = block = self.outstanding.pop(storage)
+            self.allocated_bytes += self.blocks.size[block]
+            self.run((-storage,), {}, {})
 
     def block_bytes(self, requested_bytes: int) -> int:
         """Bytes of the block that a request needs under these settings."""
@@ -292,6 +313,7 @@ class CachingAllocator(Cache):
             other.rows = pool.rows.copy()
             other.unmapped = pool.unmapped.copy()
         twin._live = self._live.copy()
+        twin.outstanding = self.outstanding.copy()
         twin.cached_since = self.cached_since.copy()
         return twin
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.allocator.cache import AllocatorOutOfMemory
@@ -51,15 +52,20 @@ def replay(
     *,
     limit_bytes: int | None = None,
     marks: Sequence[Mark] = (),
+    recorded: Collection[int] = (),
+    waits: Mapping[int, int] = MappingProxyType({}),
 ) -> Replay:
     """
     Run a tape (`Tape.events`, `sizes`, `streams`, `marks`) through an empty allocator, of which the driver
     can give `limit_bytes` (None: without end).
 
+    With `recorded` and `waits` (`Tape`) the host is as far ahead of the device as what makes it wait allows; without,
+    the device keeps up, and every block is there again when it is freed. A run is between the two.
+
     Raises `AllocatorOutOfMemory`, with the index of the event, if the tape does not complete under the limit.
     """
     allocator = CachingAllocator(settings, limit_bytes=limit_bytes)
-    return follow(allocator, events, allocator.all_block_bytes(sizes), streams, marks)
+    return follow(allocator, events, allocator.all_block_bytes(sizes), streams, marks, recorded, waits)
 
 
 def follow(
@@ -68,6 +74,8 @@ def follow(
     block_sizes: Sequence[int],
     streams: Mapping[int, int],
     marks: Sequence[Mark],
+    recorded: Collection[int] = (),
+    waits: Mapping[int, int] = MappingProxyType({}),
 ) -> Replay:
     """`replay` on an allocator at hand, with `block_sizes` in place of the bytes requested."""
     peak_allocated = peak_reserved = 0
@@ -77,7 +85,7 @@ def follow(
     for mark, start, stop in zip([None, *marks], starts, starts[1:]):
         allocator.reset_peaks()
         try:
-            allocator.run(events[start:stop], block_sizes, streams)
+            _run(allocator, events[start:stop], block_sizes, streams, recorded, waits)
         except AllocatorOutOfMemory as error:
             error.event = events.index(error.storage, start)
             raise
@@ -107,6 +115,37 @@ def follow(
         num_retries=allocator.num_retries,
         phases=tuple(phases),
     )
+
+
+def _run(
+    allocator: CachingAllocator,
+    events: Sequence[int],
+    block_sizes: Sequence[int],
+    streams: Mapping[int, int],
+    recorded: Collection[int],
+    waits: Mapping[int, int],
+) -> None:
+    """Events, of which the frees of recorded storages and the places where the host waits are not the usual ones."""
+    start = 0
+    if recorded:
+        for index, event in enumerate(events):
+            if -event in recorded:
+                allocator.run(events[start:index], block_sizes, streams)
+                allocator.free_recorded(-event)
+                start = index + 1
+            elif event in waits:
+                allocator.run(events[start:index], block_sizes, streams)
+                allocator.pass_events(_over(allocator, streams, waits[event]))
+                start = index
+    allocator.run(events[start:], block_sizes, streams)
+
+
+def _over(allocator: CachingAllocator, streams: Mapping[int, int], but_last_of: int) -> int | None:
+    """How many outstanding blocks the device has come by where the host waits; None for all."""
+    if not but_last_of:
+        return None
+    outstanding = [streams.get(storage, 0) for storage in allocator.outstanding]
+    return max((index for index, stream in enumerate(outstanding) if stream == but_last_of), default=0)
 
 
 def _event(events: Sequence[int], storage: int, start: int) -> int:

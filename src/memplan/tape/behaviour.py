@@ -70,11 +70,24 @@ class Behaviour:
     those are the blocks' inputs, cut off their graph, and their gradients
     (_runtime_utils.py, _register_post_backward_reshard_only_hook).
     """
-    checkpoints_inside_units: bool = False
+    recomputes_units: bool = False
     """
-    A script checkpoints what FSDP1 has wrapped, as torch's apply_activation_checkpointing does to a wrapped model; in
-    transformers the checkpoint is around the unit (tape/fsdp1.py).
+    Reentrant checkpointing is around FSDP1's units: transformers' models call their blocks, which are wrapped, from the
+    checkpoint (modeling_llama.py, LlamaModel.forward, before 5). Not where a script puts checkpoints into the units, as
+    torch's apply_activation_checkpointing does to a wrapped model.
     """
+    attention_waits: bool = False
+    """
+    Before every flash attention the host asks the device whether positions fall, and so waits for it: transformers
+    4.45 to 4.48 (modeling_flash_attention_utils.py, _flash_attention_forward). It matters where streams hand blocks on.
+    """
+    wrapped_dtype: str | None = None
+    """
+    What FSDP1 is given to wrap, where it is not the dtype that trains: a model loaded in 16 bits, of which accelerate
+    makes the shards that train float32 when all of it is wrapped (accelerate/accelerator.py, prepare_model).
+    """
+    rank: int = 0
+    """Of FSDP1, whose flat shards end inside tensors: each rank has other parts of them."""
     repeat_key_heads: bool = False
     """
     The kernel gets a key and value head per query head: sdpa before 4.54, flash_attention_2 with Mistral before 4.48.
@@ -212,6 +225,10 @@ class Behaviour:
             input_gradients=adapters and checkpointing,
             reentrant=checkpointing and old_trainer,
             fsdp1=fsdp1,
+            recomputes_units=fsdp1 and checkpointing,
+            attention_waits=fsdp1
+            and job.attention == "flash_attention_2"
+            and (4, 45) <= transformers < (4, 49),
             whole_adapters=fsdp1 and "fused_lora" in kernels,
             repeat_key_heads=transformers < ((4, 54) if job.attention == "sdpa" else (4, 48))
             and (job.attention == "sdpa" or family == "mistral"),

@@ -1,15 +1,37 @@
 """
-FSDP of torch.distributed.fsdp: a unit is gathered as one flat parameter, which its tensors are views of, and reduced in
-the dtype it is computed in (torch/distributed/fsdp/_flat_param.py, _runtime_utils.py).
+FSDP of torch.distributed.fsdp: a unit is gathered as one flat parameter, which its tensors are views of, and reduced as
+one flat gradient, in the dtype it is computed in (torch/distributed/fsdp/_flat_param.py, _runtime_utils.py).
+
+Every stream has a pool of its own in the allocator. The flat parameter is taken on the stream that gathers, a cast of
+its shard on one before that, the flat gradient on the stream that computes (it is the backward pass of the split into
+views, a concatenation), and the shard of it that this rank keeps on the stream that reduces: what gradients leave
+behind is of no use to anything else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from memplan.tape.graph import Graph
-from memplan.tape.sharding import GATHER_STREAM, REDUCE_STREAM, Contents, Layout
+from memplan.tape.sharding import GATHER_STREAM, PRE_GATHER_STREAM, REDUCE_STREAM, Contents, Layout
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
+
+
+def cut_flat(contents: Contents, rank: int, ranks: int, *, each: bool) -> None:
+    """
+    What a rank has of every tensor that trains: the part of it inside the rank's part of the flat parameter, which may
+    be all, some or none of it. `each`: every tensor is a unit of its own.
+    """
+    for parameters in contents.trainable.values():
+        units = [[parameter] for parameter in parameters] if each else [parameters]
+        for unit in units:
+            shard = -(-sum(prod(parameter.shape) for parameter in unit) // ranks)
+            start = -rank * shard
+            for parameter in unit:
+                end = start + prod(parameter.shape)
+                parameter.local_shape = (max(0, min(end, shard) - max(start, 0)),)
+                start = end
 
 
 class Fsdp1Units:
@@ -20,23 +42,30 @@ class Fsdp1Units:
     backward fetches ahead is a matrix, and the next block only when the first adapter of this one is reached
     (_runtime_utils.py, _get_handle_to_prefetch).
 
-    Not `fetches_ahead`: with reentrant checkpointing around it a unit runs forward without a graph, which leaves no
-    mark that backward will need it before its recomputation has begun, and what has no mark is not fetched ahead
-    (_runtime_utils.py, _register_pre_backward_hooks).
+    `recomputes_units`: checkpointing with a backward of its own runs a unit's whole forward again, hooks included. The
+    unit is gathered for it, let go after it, and gathered again for its backward; and since a forward without gradients
+    leaves no hook on its output, none is known to be needed, and none fetched ahead (_register_pre_backward_hooks).
     """
 
     def __init__(
-        self, g: Graph, layout: Layout, contents: Contents, *, adapter_units: bool, fetches_ahead: bool = True
+        self,
+        g: Graph,
+        layout: Layout,
+        contents: Contents,
+        *,
+        adapter_units: bool = False,
+        recomputes_units: bool = False,
+        wrapped: dict[int | None, Storage] | None = None,
     ) -> None:
         self.adapter_units = adapter_units
-        self.fetches_ahead = fetches_ahead
+        self.recomputes_units = recomputes_units
         self.g = g
         self.layout = layout
         self.contents = contents
         self.is_last = True
         self.gathered: dict[int | None, Storage] = {}
         self.unsharded: dict[int | None, Storage | None] = {}
-        self.reducing: Storage | None = None
+        self.wrapped = wrapped or {}
         self.reached_blocks = False
         """Backward has left the loss for the blocks: what it visits outside them now comes last."""
 
@@ -50,7 +79,7 @@ class Fsdp1Units:
     def after_forward(self, layer: int | None) -> None:
         """Post-forward hook; the root unit and, without resharding, every unit stay gathered for backward."""
         if layer is not None and not self.layout.keep_unsharded:
-            self.unsharded.pop(layer, None)
+            self._reshard(layer)
 
     # -- backward ------------------------------------------------------------------------------------------
 
@@ -64,26 +93,34 @@ class Fsdp1Units:
         if layer is None or not self.adapter_units:
             self._gather_ahead(layer)
 
+    def after_recomputation(self, layer: int | None) -> None:
+        """A unit has run again inside backward, by a checkpoint around it: let go as after forward, then gathered."""
+        if not self.layout.keep_unsharded:
+            self._reshard(layer)
+            self.before_forward(layer, None)
+
     def _gather_ahead(self, layer: int | None) -> None:
-        following = self._following(layer) if self.fetches_ahead else None
+        following = None if self.recomputes_units else self._following(layer)
         if following is not None and following not in self.unsharded and following not in self.gathered:
             self._gather(following)
 
     def leave_backward(self, layer: int | None) -> None:
-        """The unit's parameters go, and its gradients to a buffer that is reduced to a shard."""
-        if layer is not None:
-            if self.adapter_units:
-                self._gather_ahead(layer)
-            self.unsharded.pop(layer, None)
+        """The unit's gradients go to a flat one, its parameters go, and the gradient is reduced to a shard."""
+        if layer is None:
+            return
+        if self.adapter_units:
+            self.g.wait()  # its adapters were gathered one by one, each when what was let go two before was over
+            self._gather_ahead(layer)
         self._reduce(layer)
+        self._reshard(layer)
 
     def end_backward(self) -> None:
-        """The last unit's buffer and the root's parameters go."""
+        """What is outside the blocks has its last gradient, that of the embeddings."""
         self.g.enter(None)
         self._reduce(None)
-        self.reducing = None
         self.reached_blocks = False
-        self.unsharded.pop(None, None)
+        self._reshard(None)
+        self.g.wait()
 
     def _following(self, layer: int | None) -> int | None:
         layers = self.contents.layers
@@ -95,33 +132,56 @@ class Fsdp1Units:
     # -- collectives ---------------------------------------------------------------------------------------
 
     def _gather(self, layer: int | None) -> None:
-        num_bytes = sum(part.num_bytes for part in self.contents.parts.get(layer, ()))
+        """FlatParamHandle.pre_unshard, unshard and post_unshard."""
+        parts, g = self.contents.parts.get(layer, ()), self.g
+        num_bytes = sum(part.num_bytes for part in parts)
         if not num_bytes:
             return
-        g = self.g
+        on_host = self.layout.params_on_host
+        moved = sum(part.num_bytes for part in parts if on_host or part.dtype != part.stored_dtype)
+        shard = None
+        if moved:
+            with g.on_stream(PRE_GATHER_STREAM):
+                name = "shards fetched from the host" if on_host else "cast of the shard"
+                shard = g.storage(-(-moved // self.layout.parameters), name, category="comm")
+                g.record_stream(shard)
+        g.wait(but_last_of=GATHER_STREAM)
         with g.on_stream(GATHER_STREAM):
-            shard = None
-            if self.layout.params_on_host:
-                local_bytes = num_bytes // self.layout.parameters
-                shard = g.storage(local_bytes, "shards fetched from the host", category="comm")
-            self.gathered[layer] = g.storage(num_bytes, "all-gather output", category="comm")
-            del shard
+            gathered = g.storage(num_bytes, "all-gather output", category="comm")
+        g.record_stream(gathered)
+        self.gathered[layer] = gathered
+        del shard
+
+    def _reshard(self, layer: int | None) -> None:
+        """FlatParamHandle.reshard, which also makes the parameters views of what is the shard now."""
+        self.unsharded.pop(layer, None)
+        self.wrapped.pop(layer, None)
 
     def _reduce(self, layer: int | None) -> None:
         parameters = self.contents.with_gradients(layer)
-        if not parameters:
-            return
-        num_bytes = sum(prod(parameter.shape) * ITEMSIZE[parameter.dtype] for parameter in parameters)
-        with self.g.on_stream(REDUCE_STREAM):
-            self.reducing = self.g.storage(num_bytes, "reduce-scatter input", category="comm")
+        units = [[parameter] for parameter in parameters] if self.adapter_units else [parameters]
+        for unit in units:
+            if unit:
+                self._reduce_unit(layer, unit)
+
+    def _reduce_unit(self, layer: int | None, parameters: Sequence[Parameter]) -> None:
+        """SplitWithSizesBackward, then _post_backward_hook."""
+        g, ranks = self.g, self.layout.gradients
+        count = sum(prod(parameter.shape) for parameter in parameters)
+        dtype, stored = parameters[0].dtype, parameters[0].stored_dtype
+        flat = g.storage(count * ITEMSIZE[dtype], "flat gradient", category="comm")
+        g.record_stream(flat)
         for parameter in parameters:
             parameter.grad = None
-        if self.layout.optimizer_on_host and self.layout.params_on_host:
-            return
-        for parameter in parameters:
-            if parameter.sharded_grad is None:
-                parameter.sharded_grad = self._sharded_gradient(parameter)
-
-    def _sharded_gradient(self, parameter: Parameter) -> Tensor:
-        name = f"{parameter.name} grad"
-        return self.g.new(parameter.local_shape, parameter.stored_dtype, name, "gradients")
+        if not self.adapter_units:
+            self._reshard(layer)
+        on_host = self.layout.optimizer_on_host and self.layout.params_on_host
+        with g.on_stream(REDUCE_STREAM):
+            reduced = g.new((-(-count // ranks),), dtype, "gradients of a unit", "gradients")
+            if stored != dtype:
+                reduced = g.new(reduced.shape, stored, "gradients of a unit", "gradients")
+        if not on_host:
+            for parameter in parameters:
+                if parameter.sharded_grad is None:
+                    parameter.sharded_grad = Tensor(parameter.local_shape, stored, reduced.storage)
+        del flat

@@ -31,6 +31,8 @@ class Graph:
         self.sizes: list[int] = [0]
         self.info: list[tuple[str, str, str, str, Shape]] = [("", "", "", "", ())]
         self.streams: dict[int, int] = {}
+        self.recorded: set[int] = set()
+        self.waits: dict[int, int] = {}
         self.stretches: list[tuple[int, str, int | None]] = []
         self.group = ""
         self.layer: int | None = None
@@ -123,6 +125,15 @@ class Graph:
             yield
         finally:
             self.stream = outer
+
+    def record_stream(self, storage: Storage) -> None:
+        """Another stream than the storage's own uses it (`Tape.recorded`)."""
+        self.recorded.add(storage.id)
+
+    def wait(self, but_last_of: int = 0) -> None:
+        """The host waits for the device (`Tape.waits`)."""
+        marker = self.storage(0, "the host waits for the device", category="comm")
+        self.waits[marker.id] = but_last_of
 
     def scratch(self, *num_bytes: int, name: str) -> None:
         """Memory that an operation takes and gives back inside itself, all of it at the same time."""

@@ -20,6 +20,7 @@ from memplan.tape.behaviour import Behaviour
 from memplan.tape.checkpoint_size import checkpoint_bytes
 from memplan.tape.ddp import Buckets
 from memplan.tape.experts import Stack, StackAdapter
+from memplan.tape.fsdp1 import cut_flat
 from memplan.tape.graph import Graph
 from memplan.tape.linear import Adapter, Linear
 from memplan.tape.packing import make_map, pack, packed_bytes, packs, packs_module
@@ -28,7 +29,7 @@ from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_sha
 from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
 from memplan.tape.token_rows import TokenRows
-from memplan.tape.wrapping import ToWrap, wrap_units
+from memplan.tape.wrapping import ToWrap, upcast_shards, wrap_units
 from memplan.tape.zero_groups import zero_stage
 
 
@@ -53,8 +54,9 @@ class Builder:
         self.flat = behaviour.fsdp1 and not self.layout.params_on_host
         """FSDP1: the model is loaded on the host, and comes to the device unit by unit when it is wrapped."""
         self.to_wrap: list[ToWrap] = []
+        self.wrapped: dict[int | None, Storage] = {}
+        # Ranks that every tensor is cut over by itself: stage 3 of ZeRO; 0 for none.
         self.partition_degree = job.parallel.dp_shard if zero_stage(job) == 3 else 0
-        """Ranks that every tensor is cut over by itself: stage 3 of ZeRO; 0 for none."""
         self.is_prepared = job.method == "qlora" and job.quantization.kbit_preparation
         self.cuts = self.layout.gathers and not self.flat
         """FSDP2: tensors have memory for a part of them before they are filled."""
@@ -90,9 +92,7 @@ class Builder:
         stored = dtype or self.base_dtype
         trains = self.full if trainable is None else trainable
         local = shard_shape(shape, cut)
-        if (
-            self.partition_degree
-        ):  # whole when its module is made, then cut by itself (partition_parameters.py, Init)
+        if self.partition_degree:  # whole when made, then cut by itself (partition_parameters.py, Init)
             local = (-(-prod(shape) // self.partition_degree),)
             made = g.new(shape, stored, f"{name} before it is cut", "workspace")
         if (self.layout.params_on_host or self.flat) and not whole:
@@ -107,7 +107,8 @@ class Builder:
             parameter.dtype = self.job.autocast or (stored if self.behaviour.fsdp1 else self.job.dtype)
             self.contents.parts.setdefault(layer, []).append(Part(name, shape, stored, parameter.dtype))
         if self.flat and not whole:
-            self.to_wrap.append(ToWrap(layer, Part(name, shape, stored, stored), parameter))
+            given = (trains and self.behaviour.wrapped_dtype) or stored
+            self.to_wrap.append(ToWrap(layer, Part(name, shape, given, given), parameter))
         if trains and not whole:
             self.contents.trainable.setdefault(layer, []).append(parameter)
         parameter.local_shape = shard_shape(shape, 1 if whole else self.layout.optimizer)
@@ -225,11 +226,15 @@ class Builder:
         fill_shards(g, self.whole)
         self.attach_npt(model, npt_layers)
         if self.flat:
-            g.persistent += wrap_units(g, self.to_wrap, self.layers, self.layout.parameters)
-            self.to_wrap.clear()
+            shards = wrap_units(g, self.to_wrap, self.layers, self.layout.parameters)
+            if self.behaviour.wrapped_dtype:
+                self.wrapped = upcast_shards(g, self.to_wrap, self.layers, self.layout.parameters, shards)
+            g.persistent += shards
         if self.full:
             model.trainable = list(self.base)
         self.contents.sort()
+        if self.flat and self.layout.gathers:
+            cut_flat(self.contents, self.behaviour.rank, self.layout.optimizer, each=not self.full)
         self.make_buckets(model)
         return model
 
@@ -266,12 +271,7 @@ class Builder:
 
     def make_buckets(self, model: Model) -> None:
         """NPT's gradients are added up by the trainer itself."""
-        if (
-            self.layout.replicas > 1
-            and not self.layout.gathers
-            and self.job.method != "npt"
-            and not self.flat
-        ):
+        if self.layout.replicas > 1 and not (self.layout.gathers or self.flat or self.job.method == "npt"):
             num_layers = self.architecture.num_hidden_layers
             model.buckets = Buckets(self.g, model.trainable, self.layers, num_layers)
 
@@ -338,33 +338,27 @@ class Builder:
         if job.lora.target_modules != "all-linear" and targets(job, model.head.name):
             self.adapt(model.head, model.head.name, None, model)
 
+    def matrix(
+        self, name: str, shape: tuple[int, ...], layer: int | None, *, whole: bool = False
+    ) -> Parameter:
+        """One of an adapter."""
+        return self.parameter(
+            f"{name}.default.weight", shape, layer,
+            dtype=self.job.lora.dtype, trainable=True, category="adapters", whole=whole,
+        )  # fmt: skip
+
     def adapt(self, linear: Linear, name: str, layer: int | None, model: Model) -> None:
-        rank, dtype = self.job.lora.rank, self.job.lora.dtype
-
-        def matrix(part: str, shape: tuple[int, int]) -> Parameter:
-            full_name = f"{name}.{part}.default.weight"
-            return self.parameter(
-                full_name, shape, layer,
-                dtype=dtype, trainable=True, category="adapters", whole=self.behaviour.whole_adapters,
-            )  # fmt: skip
-
-        a = matrix("lora_A", (rank, linear.in_features))
-        b = matrix("lora_B", (linear.out_features, rank))
+        rank, whole = self.job.lora.rank, self.behaviour.whole_adapters
+        a = self.matrix(f"{name}.lora_A", (rank, linear.in_features), layer, whole=whole)
+        b = self.matrix(f"{name}.lora_B", (linear.out_features, rank), layer, whole=whole)
         linear.adapter = Adapter(a, b, self.job.lora.dropout)
         model.trainable += [a, b]
 
     def adapt_stack(self, module: Module, stack: Stack, layer: int, model: Model) -> None:
         """peft's lora.ParamWrapper: one pair of matrices for all experts."""
-        lora = self.job.lora
+        lora, name = self.job.lora, f"{self.block_name}.{module.name}"
         a, b = (
-            self.parameter(
-                f"{self.block_name}.{module.name}.{part}.default.weight",
-                shape,
-                layer,
-                dtype=lora.dtype,
-                trainable=True,
-                category="adapters",
-            )
+            self.matrix(f"{name}.{part}", shape, layer)
             for part, shape in zip(("lora_A", "lora_B"), stack_adapter_shapes(job=self.job, module=module))
         )
         stack.adapter = StackAdapter(a, b, lora.alpha / lora.rank)

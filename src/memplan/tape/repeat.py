@@ -284,9 +284,11 @@ class Expansion:
         events: list[int] = []
         sizes: list[int] = [0]
         streams: dict[int, int] = {}
+        recorded: set[int] = set()
+        waits: dict[int, int] = {}
         bases: dict[tuple[str, int | None, int], int] = {}
         starts = []
-        graph_streams = self.graph.streams
+        graph_streams, graph_recorded, graph_waits = self.graph.streams, self.graph.recorded, self.graph.waits
         for instance in self.instances:
             template, layer, base = instance.template, instance.layer, instance.base
             starts.append(len(events))
@@ -307,9 +309,15 @@ class Expansion:
                     stream = graph_streams.get(template.first_id + entry)
                     if stream:
                         streams[base + entry + 1] = stream
+            if graph_recorded:
+                for entry in range(len(template.sizes)):
+                    if template.first_id + entry in graph_recorded:
+                        recorded.add(base + entry + 1)
+                    if template.first_id + entry in graph_waits:
+                        waits[base + entry + 1] = graph_waits[template.first_id + entry]
         starts.append(len(events))
         marks = [Mark(starts[index], phase, step) for index, phase, step in self.marks]
-        return Tape(events, sizes, marks, streams)
+        return Tape(events, sizes, marks, streams, recorded, waits)
 
     def categories(self) -> list[str]:
         """Category of each storage of the flat tape, by id."""

@@ -123,7 +123,8 @@ def _units(g: Graph, job: Job, builder: Builder, behaviour: Behaviour) -> Units 
             degrees,
             builder.contents,
             adapter_units=has_adapter_units,
-            fetches_ahead=not behaviour.reentrant or behaviour.checkpoints_inside_units,
+            recomputes_units=behaviour.recomputes_units,
+            wrapped=builder.wrapped,
         )
     return Fsdp2Units(g, degrees, builder.contents, has_backward=job.method != "npt")
 

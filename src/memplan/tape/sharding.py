@@ -21,6 +21,7 @@ from memplan.tape.zero_groups import zero_stage
 GATHER_STREAM = 1
 REDUCE_STREAM = 2
 ALL_REDUCE_STREAM = 3
+PRE_GATHER_STREAM = 4
 
 SHARDED = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD")
 """Strategies of FSDP."""

@@ -43,12 +43,19 @@ class Tape:
 
     `sizes[i]` is the bytes requested for storage `i`; `sizes[0]` is unused. `streams` holds the ids that live on
     another stream than 0: the allocator keeps pools per stream. Host allocations are not on the tape but in `host`.
+
+    A storage in `recorded` is used by another stream than its own (`record_stream`): its block, once freed, is given
+    out again only when the device has come by, which the host knows for sure where it waits. `waits` holds the ids of
+    storages of no bytes that stand for such places: what they name is the stream whose last freed storage, and what was
+    freed since, need not be over yet; 0 for a wait for all that was queued.
     """
 
     events: list[int]
     sizes: list[int]
     marks: list[Mark]
     streams: dict[int, int] = field(default_factory=dict)
+    recorded: set[int] = field(default_factory=set)
+    waits: dict[int, int] = field(default_factory=dict)
 
 
 class WrittenTape(Protocol):

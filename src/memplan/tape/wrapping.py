@@ -10,11 +10,12 @@ beyond what it allocates.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 from memplan.tape.graph import Graph
 from memplan.tape.sharding import Part
-from memplan.tape.tensors import Parameter, Storage
+from memplan.tape.tensors import ITEMSIZE, Parameter, Storage
 from memplan.units import MiB
 
 BROADCAST_BUCKET_BYTES = 250 * MiB
@@ -54,6 +55,36 @@ def wrap_units(g: Graph, tensors: Sequence[ToWrap], layers: Sequence[int], degre
                 if item.parameter is not None:
                     item.parameter.storage = shard
     return shards
+
+
+def upcast_shards(
+    g: Graph, tensors: Sequence[ToWrap], layers: Sequence[int], degree: int, shards: list[Storage]
+) -> dict[int | None, Storage]:
+    """
+    accelerate makes the shards that train float32, the root's first: they take the place of the others in `shards`.
+    Returns those by unit, which live on: the parameters are views of them until their unit is let go for the first
+    time (_flat_param.py, _use_sharded_views).
+    """
+    g.begin("upcast")
+    wrapped: dict[int | None, Storage] = {}
+    for layer in [None, *layers]:
+        g.enter(layer)
+        trained = [
+            item.parameter
+            for item in tensors
+            if item.layer == layer and item.parameter is not None and item.parameter.needs_grad
+        ]
+        if not trained:
+            continue
+        before = trained[0].storage
+        assert before is not None
+        numel = sum(prod(parameter.shape) for parameter in trained)
+        shard = g.storage(-(-numel // degree) * ITEMSIZE["float32"], "float32 shard", category="weights")
+        for parameter in trained:
+            parameter.storage = shard
+        shards[shards.index(before)] = shard
+        wrapped[layer] = before
+    return wrapped
 
 
 def wrap_unit(g: Graph, parts: Sequence[Part], degree: int) -> Storage:

@@ -37,6 +37,8 @@ class Storages:
         self.sizes: list[int] = [0]
         self.info: list[tuple[str, str, str, str | None, tuple[int, ...] | None]] = [("", "", "", None, None)]
         self.streams: dict[int, int] = {}
+        self.recorded: set[int] = set()
+        self.waits: dict[int, int] = {}
         self.stretches: list[tuple[int, str, int | None]] = [(0, "load", None)]
         self.marks: list[tuple[int, str, int]] = []
         self.places = Places()

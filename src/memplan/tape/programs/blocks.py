@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import backward_from
+from memplan.tape.fsdp1 import Fsdp1Units
 from memplan.tape.graph import Graph
 from memplan.tape.modules import entered, left
 from memplan.tape.ops import cast
@@ -193,7 +194,12 @@ def _reentrant_backward(
     output = run(block, leaf)
     g.leave_autocast()
     g.grad_enabled = False
+    units = g.units if settings.behaviour.recomputes_units else None
+    if isinstance(units, Fsdp1Units):
+        units.after_recomputation(block.layer)
     backward_from(g, output, gradients[0])
+    if isinstance(units, Fsdp1Units):
+        units.leave_backward(block.layer)
     g.path, g.category = outer
     if settings.kept is not None:
         settings.kept.append((leaf, leaf.grad))

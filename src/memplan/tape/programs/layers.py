@@ -107,6 +107,8 @@ def attend(
     """
     architecture, behaviour = model.architecture, settings.behaviour
     weights: list[Tensor] = []
+    if behaviour.attention_waits and g.units is not None:
+        g.wait()
     output = attention(
         g, query, key, value,
         implementation=settings.attention, mask=mask, probability=architecture.attention_dropout,

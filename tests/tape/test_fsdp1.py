@@ -1,0 +1,195 @@
+"""
+FSDP1 on units worked out by hand: which stream takes what, what is gathered when, and what a rank has of a tensor.
+
+Sources are torch/distributed/fsdp/_runtime_utils.py and _flat_param.py.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+
+from memplan.allocator import replay
+from memplan.job.load import load_job
+from memplan.job.spec import Job
+from memplan.model import resolve_model
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.fsdp1 import Fsdp1Units, cut_flat
+from memplan.tape.graph import Graph
+from memplan.tape.sharding import GATHER_STREAM, PRE_GATHER_STREAM, REDUCE_STREAM, Contents, Part, layout
+from memplan.tape.tensors import Parameter, Storage
+from memplan.tape.wrapping import ToWrap, upcast_shards, wrap_units
+from memplan.tape.writer import write_tape
+
+SHARDED = {"parallel.strategy": "FULL_SHARD", "parallel.dp_shard": "2"}
+
+
+def make_job(**fields: object) -> Job:
+    settings = {"model": "qwen2.5-0.5b", "method": "full", "max_seq_len": 64, **SHARDED} | fields
+    return load_job(None, [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]).job
+
+
+def parameter(name: str, numel: int, layer: int | None = 0) -> Parameter:
+    """Of float32, computed with in bfloat16."""
+    made = Parameter(name, (numel,), "bfloat16", Storage([], 0), layer, trainable=True)
+    made.stored_dtype = "float32"
+    return made
+
+
+def units_of(g: Graph, parameters: dict[int | None, list[Parameter]], **options: bool) -> Fsdp1Units:
+    contents = Contents([layer for layer in parameters if layer is not None])
+    for layer, members in parameters.items():
+        contents.trainable[layer] = members
+        contents.parts[layer] = [
+            Part(item.name, item.shape, item.stored_dtype, item.dtype) for item in members
+        ]
+    return Fsdp1Units(g, layout(make_job()), contents, **options)
+
+
+def written(g: Graph) -> list[tuple[int, str, int]]:
+    """(signed bytes, name, stream) of every event with bytes."""
+    return [
+        (g.sizes[abs(event)] * (1 if event > 0 else -1), g.info[abs(event)][2], g.streams.get(abs(event), 0))
+        for event in g.events
+        if g.sizes[abs(event)]
+    ]
+
+
+def test_a_cast_shard_goes_when_it_has_been_gathered():
+    """100 elements over 2 ranks: 50 of 2 bytes on a stream before the one that takes all 100."""
+    g = Graph()
+    units = units_of(g, {0: [parameter("w", 100)]})
+    units.before_forward(0, None)
+    units.after_forward(0)
+
+    assert [
+        (100, "cast of the shard", PRE_GATHER_STREAM),
+        (200, "all-gather output", GATHER_STREAM),
+        (-100, "cast of the shard", PRE_GATHER_STREAM),
+        (-200, "all-gather output", GATHER_STREAM),
+    ] == written(g)
+    assert {1, 3} == g.recorded
+    assert {2: GATHER_STREAM} == g.waits
+
+
+def test_gradients_are_joined_where_they_were_computed_and_reduced_elsewhere():
+    """
+    60 and 40 elements: 200 bytes joined beside both gradients; the parameters go; a shard of 50 elements in bfloat16
+    and then in float32, which both parameters share; the joined one goes last.
+    """
+    g = Graph()
+    members = [parameter("a", 60), parameter("b", 40)]
+    units = units_of(g, {0: members})
+    units.visit_backward(0)
+    for member in members:
+        member.grad = g.new(member.shape, member.dtype, f"{member.name} grad")
+    start = len(written(g))
+    units.leave_backward(0)
+
+    assert [
+        (200, "flat gradient", 0),
+        (-120, "a grad", 0),
+        (-80, "b grad", 0),
+        (-200, "all-gather output", GATHER_STREAM),
+        (100, "gradients of a unit", REDUCE_STREAM),
+        (200, "gradients of a unit", REDUCE_STREAM),
+        (-100, "gradients of a unit", REDUCE_STREAM),
+        (-200, "flat gradient", 0),
+    ] == written(g)[start:]
+    kept = [member.sharded_grad for member in members]
+    assert kept[0] is not None and kept[1] is not None and kept[0].storage is kept[1].storage
+
+
+def test_a_checkpoint_around_a_unit_gathers_it_twice_and_nothing_ahead():
+    """Its forward inside backward gives it back; without, the unit stays and the block before is on its way."""
+    gathered = {}
+    for recomputes in (True, False):
+        g = Graph()
+        units = units_of(g, {0: [parameter("a", 8)], 1: [parameter("b", 8)]}, recomputes_units=recomputes)
+        units.visit_backward(1)
+        if recomputes:
+            units.after_recomputation(1)
+        gathered[recomputes] = [size for size, name, _ in written(g) if name == "all-gather output"]
+        assert ({0} if not recomputes else set()) == set(units.gathered)
+
+    assert {True: [16, -16, 16], False: [16, 16]} == gathered
+
+
+@pytest.mark.parametrize(
+    ("rank", "parts"),
+    [(0, [10, 20, 0]), (1, [0, 30, 0]), (2, [0, 0, 30]), (3, [0, 0, 28])],
+)
+def test_a_shard_ends_inside_tensors(rank: int, parts: list[int]):
+    """10, 50 and 58 elements in a row, cut into 30, 30, 30 and 28."""
+    members = [parameter("a", 10), parameter("b", 50), parameter("c", 58)]
+    cut_flat(Contents([0], trainable={0: members}), rank, 4, each=False)
+
+    assert parts == [prod(member.local_shape) for member in members]
+
+
+def test_adapters_are_cut_one_by_one():
+    """Each of them is a unit: half of either is on either rank."""
+    members = [parameter("a", 10), parameter("b", 50)]
+    cut_flat(Contents([0], trainable={0: members}), 1, 2, each=True)
+
+    assert [(5,), (25,)] == [member.local_shape for member in members]
+
+
+def test_shards_become_float32_after_wrapping_and_go_with_the_first_use():
+    """100 elements per unit over 2 ranks: 100 bytes each, then 200, the root's first; a use lets the old one go."""
+    g = Graph()
+    members: dict[int | None, list[Parameter]] = {0: [parameter("a", 100)], None: [parameter("b", 100, None)]}
+    tensors = [
+        ToWrap(layer, Part(item.name, item.shape, "bfloat16", "bfloat16"), item)
+        for layer, items in members.items()
+        for item in items
+    ]
+    shards = wrap_units(g, tensors, [0], 2)
+    start = len(written(g))
+    wrapped = upcast_shards(g, tensors, [0], 2, shards)
+    assert [(200, "float32 shard", 0)] * 2 == written(g)[start:]
+
+    units = units_of(g, members)
+    units.wrapped = wrapped
+    del wrapped
+    start = len(written(g))
+    units.before_forward(0, None)
+    units.after_forward(0)
+    units.end_backward()
+    freed = [entry[:2] for entry in written(g)[start:] if entry[0] < 0 and entry[1].startswith("shard")]
+    assert [(-100, "shard of a"), (-100, "shard of b")] == freed
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "sdpa"])
+def test_a_trainer_of_4_45_waits_in_every_flash_attention(attention: str):
+    """One wait per block forward, one recomputed; beside those before each of 3 gathers per block, and of the root."""
+    job = make_job(
+        loop="hf_trainer", attention=attention, autocast="bfloat16", dtype="float32",
+        activation_checkpointing="full", gpu="A100-80G",
+    )  # fmt: skip
+    behaviour = Behaviour.for_software(job, {"transformers": "4.45.2", "torch": "2.4.1"}, family="qwen2")
+    architecture = resolve_model("qwen2.5-0.5b")
+    tape = write_tape(job, architecture, behaviour=behaviour, num_steps=1).flatten()
+    blocks = architecture.num_hidden_layers
+
+    assert 3 * blocks + 1 == list(tape.waits.values()).count(GATHER_STREAM)
+    in_attention = 2 * blocks if attention == "flash_attention_2" else 0
+    assert in_attention + 1 == list(tape.waits.values()).count(0)  # and when backward is over
+
+
+def test_a_host_ahead_holds_one_unit_more_and_never_less():
+    """Reserved: at least a second gathered block beside the one in use. Allocated: the same."""
+    job = make_job(
+        loop="hf_trainer", method="lora", attention="flash_attention_2", activation_checkpointing="full"
+    )
+    behaviour = Behaviour.for_software(job, {"transformers": "4.45.2", "torch": "2.4.1"}, family="qwen2")
+    tape = write_tape(job, resolve_model("qwen2.5-0.5b"), behaviour=behaviour).flatten()
+    in_order = replay(tape.events, tape.sizes, tape.streams, job.allocator)
+    ahead = replay(
+        tape.events, tape.sizes, tape.streams, job.allocator, recorded=tape.recorded, waits=tape.waits
+    )
+    block = max(tape.sizes[i] for i, stream in tape.streams.items() if stream == GATHER_STREAM and i > 1)
+
+    assert in_order.peak_allocated_bytes == ahead.peak_allocated_bytes
+    assert in_order.peak_reserved_bytes < ahead.peak_reserved_bytes <= in_order.peak_reserved_bytes + block
