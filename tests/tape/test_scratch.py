@@ -15,10 +15,13 @@ TAPE = Path(scratch.__file__).parent
 
 OTHERS = {
     "'row numbers'", "'gradients in equal parts'",
-    "f'{name} being packed'", "f'{name} before it is cut'", '"gloo\'s copy of what is gathered"',
+    "'one'", "f'{name} being packed'", "f'{name} before it is cut'", '"gloo\'s copy of what is gathered"',
     '"gloo\'s copy of what is reduced"', "f'{name} largest value of the code'", "'a tensor of the checkpoint'",
 }  # fmt: skip
-"""Short-lived tensors that operations return, not inside one; bitsandbytes, FSDP, and gloo and checkpoints on a CPU."""
+"""
+Short-lived tensors that operations return, not inside one; the 1 that Liger compares a gradient with; bitsandbytes,
+FSDP, and gloo and checkpoints on a CPU.
+"""
 
 
 def _functions() -> set[str]:
