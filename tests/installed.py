@@ -37,5 +37,8 @@ def installed_behaviour(job: Job) -> Behaviour:
     """What the shape writer plans for by itself is the newest transformers."""
     named = Behaviour.for_software(job, {"transformers": version("transformers")}, family="llama")
     return replace(
-        Behaviour.for_job(job), rotary_product=named.rotary_product, remap_positions=named.remap_positions
+        Behaviour.for_job(job),
+        rotary_product=named.rotary_product,
+        remap_positions=named.remap_positions,
+        checkpoints_forward=named.checkpoints_forward,
     )

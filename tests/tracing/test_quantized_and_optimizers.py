@@ -6,6 +6,10 @@ from collections import Counter
 
 import pytest
 
+from memplan.errors import JobError
+from memplan.model import architecture_from_config
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.writer import write_tape
 from memplan.tracing.writer import trace_job
 from tracing.comparison import BIG_BYTES, compare
 from tracing.tiny import CONFIGS, job
@@ -21,6 +25,27 @@ def test_a_packed_base_peaks_where_the_shape_writer_says(double_quant: bool, che
     settings = {"quantization__double_quant": double_quant, "activation_checkpointing": checkpointing}
     shape, trace = compare(job(method="qlora", **settings), WIDE).peaks()
     assert abs(shape / trace - 1) < 0.005
+
+
+@pytest.mark.parametrize("loop", ["script", "hf_trainer"])
+def test_a_base_that_transformers_leaves_in_16_bits_is_refused(loop: str) -> None:
+    """transformers since 5.5 packs `type(module) is nn.Linear` and Conv1D; by both engines, and not before 5.5."""
+    falcon, drawn = CONFIGS["falcon"], job(method="qlora", loop=loop)
+    architecture = architecture_from_config(falcon, name="tiny", source="test")
+    for write in (lambda: trace_job(drawn, falcon), lambda: write_tape(drawn, architecture)):
+        with pytest.raises(JobError, match="FalconLinear") as caught:
+            write()
+        assert "loop=memplan" in str(caught.value.hint)
+    former = Behaviour.for_software(drawn, {"transformers": "5.4.0"}, family="falcon")
+    assert write_tape(drawn, architecture, behaviour=former).flatten().events
+    import torch
+    from transformers import BitsAndBytesConfig, FalconConfig, FalconForCausalLM
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    with torch.device("meta"):
+        model = FalconForCausalLM(FalconConfig(**falcon))
+    replace_with_bnb_linear(model, ["lm_head"], BitsAndBytesConfig(load_in_4bit=True))
+    assert not any("4bit" in type(module).__name__ for module in model.modules())
 
 
 def test_packed_weights_and_their_constants_are_named() -> None:

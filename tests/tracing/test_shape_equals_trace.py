@@ -73,6 +73,17 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"method": "qlora", "dtype": "float32", "autocast": "bfloat16"}),
     ("qwen2", {"method": "qlora", "quantization__kbit_preparation": True, CKPT: "full"}),
     ("qwen2", {"method": "npt", "npt__rank": 4, "npt__quantized_base": True}),
+    ("gpt2", {"method": "qlora", LOSS: 2}),
+    ("gpt2", {"method": "qlora", "loop": "script", "quantization__kbit_preparation": True, CKPT: "full"}),
+    (
+        "gpt2",
+        {"method": "qlora", "dtype": "float32", "autocast": "bfloat16", "quantization__double_quant": False},
+    ),
+    ("gpt2", {"method": "npt", "npt__rank": 4, "npt__quantized_base": True}),
+    ("falcon", {"method": "qlora", "attention": "eager"}),
+    ("falcon, grouped", {"method": "qlora", "dtype": "float32", "autocast": "bfloat16", CKPT: "full"}),
+    ("gpt_bigcode", {"method": "qlora"}),
+    ("gpt_bigcode", {"method": "qlora", "loop": "hf_trainer", CKPT: "selective", "lora__dtype": "bfloat16"}),
     ("llama, wide heads", {}),
     (
         "qwen2",
@@ -198,9 +209,6 @@ NPT_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 WITHOUT_PROJECTIONS = ("falcon", "falcon, grouped", "gpt2", "gpt_bigcode", "gpt_neox", "phi3")
 """Models whose query, key and value are one product."""
 
-WITHOUT_LINEARS = ("falcon", "falcon, grouped", "gpt2", "gpt_bigcode")
-"""What they have in place of torch's linear layers is not packed by `memplan train`."""
-
 
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[str, Job]:
@@ -222,11 +230,7 @@ def jobs(draw: st.DrawFn) -> tuple[str, Job]:
         )
     )
     can_be_npt = family.split(",")[0] in NPT_MODELS
-    methods = ["full", "lora"]
-    if can_be_npt:
-        methods.append("npt")
-    if family not in WITHOUT_LINEARS:
-        methods.append("qlora")
+    methods = ["full", "lora", "npt", "qlora"] if can_be_npt else ["full", "lora", "qlora"]
     method = draw(st.sampled_from(methods))
     fields: dict[str, Any] = {
         "method": method,
@@ -261,7 +265,7 @@ def jobs(draw: st.DrawFn) -> tuple[str, Job]:
         fields[HEADS] = targets
     if method == "npt":
         fields |= {"npt__rank": 4, CKPT: "none"}
-    elif draw(st.booleans()):
+    elif not (method == "qlora" and family.startswith("falcon")) and draw(st.booleans()):
         fields["loop"] = "script"
     elif not with_head and family != "bert" and draw(st.booleans()):
         fields["loss"] = "chunked"

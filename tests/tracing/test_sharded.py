@@ -57,6 +57,10 @@ JOBS: list[tuple[str, dict[str, Any]]] = [
     ("llama", FULL_SHARD | QLORA | {"quantization__kbit_preparation": True, "lora__dtype": "bfloat16"}),
     ("wide", SHARD_GRAD_OP | QLORA),
     ("llama", HYBRID_SHARD | QLORA | {CKPT: "selective", "data__special_tokens": "[<a>,<b>,<c>]"}),
+    ("gpt2", FULL_SHARD | QLORA | {"offload__params": True}),
+    ("falcon, grouped", FULL_SHARD | QLORA | MIXED | {CKPT: "full"}),
+    ("bert", FULL_SHARD | MIXED),
+    ("bert", SHARD_GRAD_OP | LORA | MIXED | {CKPT: "full"}),
     ("llama", FULL_SHARD | NPT | {"npt__quantized_base": True}),
     ("llama", SHARD_GRAD_OP | LORA | {"data__special_tokens": "[<a>,<b>,<c>]"}),
 ]
@@ -91,10 +95,9 @@ def jobs(draw: st.DrawFn) -> tuple[str, Job]:
         ACCUMULATION: draw(st.sampled_from([1, 2, 3])),
         "train__weight_decay": draw(st.sampled_from([0.0, 0.1])),
     }
-    models = ["llama", "qwen2, tied", "gpt2"]
-    if method is QLORA:
-        models.pop()  # it has nothing to pack
-    return draw(st.sampled_from(models)), job(**fields)
+    return draw(
+        st.sampled_from(["llama", "qwen2, tied", "gpt2", "falcon"][: 3 if method is NPT else 4])
+    ), job(**fields)
 
 
 @settings(max_examples=int(os.environ.get("MEMPLAN_EXAMPLES", "3")), derandomize=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ peft = pytest.importorskip("peft")
 
 from resident import CAN_TELL, peak_growth  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_runs import GPT2, LLAMA, tiny_job  # noqa: E402
+from tiny_runs import FALCON, GPT2, LLAMA, prepared, tiny_job, tokenizer_folder  # noqa: E402
 
 from memplan.cli.main import main  # noqa: E402
 from memplan.errors import MemplanError, RunError  # noqa: E402
@@ -148,6 +149,46 @@ def test_a_qlora_run_goes_into_the_full_precision_base(
     torch.testing.assert_close(_logits(loaded), expected, rtol=1e-4, atol=1e-4)
     assert main(["merge", str(run), "--output", str(output)]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [GPT2, FALCON], ids=["gpt2", "falcon"])
+def test_what_qlora_trained_is_merged_for_layers_of_other_kinds(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """
+    The merged model is the base with the trained adapters beside it, and once its base is rounded to 4 bits as it was
+    in training, it gives the logits that the run ended with.
+    """
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from memplan.train.build import build_model
+    from memplan.train.quantize import PackedLinear
+    from memplan.train.worker import run_job
+
+    base = _base(tmp_path / "base", config)
+    for file in tokenizer_folder(tmp_path).glob("token*"):
+        shutil.copy(file, base)
+    job = tiny_job(tmp_path, "qlora", model=str(base), weights="pretrained", train__learning_rate=5e-2)
+    folder = prepared(job)
+    assert run_job(folder) == 0
+    merge(folder, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    before = _logits(plain)
+    adapted = peft.PeftModel.from_pretrained(plain, folder / "final")
+    expected = _logits(adapted)
+    assert not torch.allclose(expected, before, atol=0.1)
+    torch.testing.assert_close(_logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+    built = build_model(job, config, torch.device("cpu"), weights_path=str(base))
+    peft.set_peft_model_state_dict(built.model, load_file(folder / "final" / "adapter_model.safetensors"))
+    own, of_merged = dict(plain.named_modules()), dict(merged.named_modules())
+    for name, layer in built.model.named_modules():
+        if isinstance(layer, PackedLinear):
+            path = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            rounded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.quant_state)
+            error = (rounded.T if layer.is_transposed else rounded) - own[f"{path}.base_layer"].weight
+            of_merged[path].weight.data += error
+    torch.testing.assert_close(_logits(merged), _logits(built.model), rtol=1e-3, atol=1e-3)
 
 
 def test_checkpoints_of_a_run_can_be_merged(tmp_path: Path) -> None:

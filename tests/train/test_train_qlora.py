@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-from tiny_runs import GPT2, LLAMA, losses, prepared, stops_in, tiny_job  # noqa: E402
+from tiny_runs import FALCON, GPT2, LLAMA, losses, prepared, stops_in, tiny_job  # noqa: E402
 
 from memplan.errors import RunError  # noqa: E402
 from memplan.job.load import load_job  # noqa: E402
@@ -84,6 +84,41 @@ def test_layers_hold_what_bitsandbytes_makes_of_the_weights(
         assert layer.weight.dtype == storage
 
 
+@pytest.mark.parametrize(
+    ("config", "loads"),
+    [(GPT2, False), (GPT2, True), (FALCON, True)],
+    ids=["gpt2, drawn", "gpt2, loaded", "falcon, loaded"],
+)
+def test_layers_of_other_kinds_are_packed(tmp_path: Path, config: dict[str, Any], loads: bool) -> None:
+    """
+    Conv1D, whose weight is transposed first as transformers does it, and Falcon's linear layer: the model is the plain
+    one with weights that were rounded to 4 bits.
+    """
+    whole = _build(config, method="full").model
+    path = None
+    if loads:
+        whole.save_pretrained(tmp_path)
+        path = str(tmp_path)
+    job = Job(model="tiny", weights="random", method="qlora", dtype="float32", lora=Lora(rank=4))
+    built = build_model(job, config, torch.device("cpu"), weights_path=path)
+    plain, layers = dict(whole.named_modules()), _packed(built)
+
+    assert len(layers) == 4 * 3
+    for name, layer in layers.items():
+        transposed = config is GPT2
+        weight = plain[name].weight.detach()
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight.T.contiguous() if transposed else weight, compress_statistics=True, quant_type="nf4"
+        )
+        assert torch.equal(layer.weight.data.view(torch.uint8), packed.view(torch.uint8)), name
+        rounded = bitsandbytes.functional.dequantize_4bit(packed, state)
+        assert not torch.equal(rounded.T if transposed else rounded, weight)
+        plain[name].weight.data = rounded.T.contiguous() if transposed else rounded
+    with torch.no_grad():
+        ours, theirs = (model.eval()(input_ids=IDS).logits for model in (built.model, whole))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_not_packed() -> None:
     """The head and what `skip` names stay as they are, a head tied to the embeddings always, and norms."""
     assert type(_build().head) is torch.nn.Linear
@@ -112,17 +147,25 @@ def test_evaluation_leaves_the_packed_weights_alone() -> None:
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
-    """GPT-2 has no plain linear layers, and the chunked loss needs the head's weight."""
+    """All layers skipped, and the chunked loss, which needs the head's weight."""
     with pytest.raises(RunError, match="4 bits") as caught:
-        _build(GPT2)
+        _build(GPT2, **{"quantization.skip": ("c_attn", "c_fc", "c_proj")})
     assert caught.value.hint
     with pytest.raises(RunError, match="output head"):
         _build(loss="chunked", **{"quantization.skip": ()})
 
 
-def test_a_run_learns_and_keeps_to_its_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA | {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 600},
+        GPT2 | {"n_embd": 64, "vocab_size": 600},
+        FALCON | {"hidden_size": 64, "vocab_size": 600},
+    ],
+    ids=["llama", "gpt2", "falcon"],
+)
+def test_a_run_learns_and_keeps_to_its_plan(tmp_path: Path, config: dict[str, Any]) -> None:
     """The loss falls; the plan is within 1 % of what was measured, in every phase of every step."""
-    config = LLAMA | {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 600}
     # So short that every micro batch has a sample of full length.
     changes = {"dtype": "bfloat16", "max_seq_len": 24}
     job = tiny_job(
@@ -148,10 +191,11 @@ def test_a_run_learns_and_keeps_to_its_plan(tmp_path: Path) -> None:
         assert peak_bytes == pytest.approx(planned[phase], rel=0.01), phase
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [LLAMA, GPT2, FALCON], ids=["llama", "gpt2", "falcon"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, config: dict[str, Any]) -> None:
     """Bit for bit, with dropout and checkpointing; the adapters load into a 4-bit model of transformers."""
     changes = {"lora__dropout": 0.2, "activation_checkpointing": "full"}
-    job = tiny_job(tmp_path, "qlora", train__max_steps=4, train__save_every=2, **changes)
+    job = tiny_job(tmp_path, "qlora", config=config, train__max_steps=4, train__save_every=2, **changes)
     whole = prepared(job)
     assert run_job(whole) == 0
     resumed = prepared(job.replace(**{"train.output_dir": str(tmp_path / "resumed")}))

@@ -21,6 +21,11 @@ GPT2 = {
     "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4,
     "vocab_size": 260, "n_positions": 64, "activation_function": "gelu_new", "initializer_range": 0.1,
 }  # fmt: skip
+FALCON = {
+    "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "vocab_size": 260, "max_position_embeddings": 64, "initializer_range": 0.1,
+    "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
 
 SENTENCES = (
     "The peak is the largest moment, never the sum.",

@@ -230,7 +230,10 @@ def _mlp_shape(block: nn.Module) -> tuple[int, int, torch.device]:
         hidden_size, intermediate_size = layer.in_features, layer.out_features
     else:
         layer = block.mlp.c_fc
-        hidden_size, intermediate_size = layer.nx, layer.nf
+        if hasattr(layer, "nx"):
+            hidden_size, intermediate_size = layer.nx, layer.nf
+        else:  # in 4 bits
+            hidden_size, intermediate_size = layer.in_features, layer.out_features
     return hidden_size, intermediate_size, next(layer.parameters()).device
 
 

@@ -158,7 +158,12 @@ def _eager(
     key_states = repeat_heads(g, key, groups) if groups > 1 else key
     value_states = repeat_heads(g, value, groups) if groups > 1 else value
     length, head_dim = query.shape[-2:]
-    scores = scale(g, batched_matmul(g, query, key_states, length, columns_first=True), "scaled scores")
+    repeated = groups > 1 and key.shape[1] == 1
+    scores = scale(
+        g,
+        batched_matmul(g, query, key_states, length, columns_first=True, repeated=repeated),
+        "scaled scores",
+    )
     if softcapped:
         scores = scale(g, scores, "scores over cap")
         scores = unary_saving_output(g, scores, "tanh of scores")
@@ -174,7 +179,7 @@ def _eager(
     scores = dropout(g, scores, probability)
     if weights is not None:
         weights.append(scores)
-    out = batched_matmul(g, scores, value_states, head_dim)
+    out = batched_matmul(g, scores, value_states, head_dim, repeated=repeated)
     merged = merged_copy(g, out)
     del out
     return merged

@@ -88,6 +88,12 @@ class Behaviour:
     """
     rank: int = 0
     """Of FSDP1, whose flat shards end inside tensors: each rank has other parts of them."""
+    checkpoints_forward: bool = True
+    """
+    A block's checkpoint is around its `forward`, so that hooks, such as those of FSDP2, stay outside of it and a
+    recomputation does not run them again: transformers from 5.23 on; before that it was around `__call__`
+    (modeling_layers.py, GradientCheckpointingLayer).
+    """
     repeat_key_heads: bool = False
     """
     The kernel gets a key and value head per query head: sdpa before 4.54, flash_attention_2 with Mistral before 4.48.
@@ -143,6 +149,11 @@ class Behaviour:
     `from_pretrained` puts the weights on the device itself, as it does with every 4-bit model and wherever it is given
     a `device_map`: it takes one block of the model's size and frees it, and the tensors are cut from that segment
     (transformers 5, modeling_utils.py, caching_allocator_warmup).
+    """
+    packs_subclasses: bool = False
+    """
+    `from_pretrained` packs subclasses of torch's linear layer, such as Falcon's, into 4 bits as well: transformers
+    before 5.5 (integrations/bitsandbytes.py, replace_with_bnb_linear).
     """
     products_before: bool = False
     """
@@ -234,12 +245,14 @@ class Behaviour:
             and (job.attention == "sdpa" or family == "mistral"),
             padding_mask=padded,
             check_packing=transformers >= (4, 54),
+            checkpoints_forward=transformers >= (5, 23),
             remap_positions=transformers >= (5, 23),
             rotary_product=transformers < (5, 19),
             casts_embedding_back=(
                 "trl" in versions and job.quantization.kbit_preparation and job.autocast == "bfloat16"
             ),
             loads_on_device=Behaviour.for_job(job).loads_on_device and not old_trainer,
+            packs_subclasses=transformers < (5, 5),
             liger_before_0_5=transformers < (4, 49),
             **flags,
         )

@@ -63,6 +63,7 @@ class Fsdp1Units:
         self.layout = layout
         self.contents = contents
         self.is_last = True
+        self.casts_inputs = False
         self.gathered: dict[int | None, Storage] = {}
         self.unsharded: dict[int | None, Storage | None] = {}
         self.wrapped = wrapped or {}

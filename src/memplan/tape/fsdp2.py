@@ -39,6 +39,7 @@ class Fsdp2Units:
         self.contents = contents
         self.has_backward = has_backward
         self.is_last = True
+        self.casts_inputs = True
         self.gathered: dict[int | None, Storage] = {}
         """Buffers that are gathered and not yet copied out of."""
         self.copied_last: Storage | None = None

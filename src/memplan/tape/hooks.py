@@ -39,6 +39,8 @@ class Units(Protocol):
 
     is_last: bool
     """Whether this micro batch is the last of its step."""
+    casts_inputs: bool
+    """Whether a unit casts what it is given to autocast's dtype, before its parameters are gathered."""
 
     def before_forward(self, layer: int | None, x: Tensor | None) -> None:
         """A unit is about to run on `x`: its parameters are there when this returns."""

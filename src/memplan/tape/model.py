@@ -128,7 +128,7 @@ class Builder:
             if spec.transposed
             else (spec.out_features, spec.in_features)
         )
-        quantized = packs(job, spec.path, transposed=spec.transposed)
+        quantized = packs(job, spec.path)
         linear = Linear(
             name=spec.path,
             in_features=spec.in_features,
@@ -146,7 +146,7 @@ class Builder:
             self.to_pack.append((layer, name, linear))
         elif quantized:
             linear.held = pack(
-                self.g, job, name, shape,
+                self.g, job, name, shape, transposed=spec.transposed,
                 on_device=not self.flat, keeps_packed=not (self.flat and self.layout.gathers),
             )  # fmt: skip
         else:
@@ -174,7 +174,7 @@ class Builder:
         for layer, name, linear in self.to_pack:
             self.g.enter(layer)
             shape = (linear.out_features, linear.in_features)
-            linear.held = pack(self.g, self.job, name, shape)[1:]
+            linear.held = pack(self.g, self.job, name, shape, transposed=linear.conv)[1:]
         self.g.enter(None)
         self.to_pack.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
+from memplan.errors import JobError
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 from memplan.model.families import layout
@@ -15,15 +16,35 @@ DYNAMIC_MAP_BYTES = 256 * 4
 """The 256 values of 8-bit constants, in float32: one table of the process, of which every state keeps a copy."""
 
 
-def packs(job: Job, path: str, *, transposed: bool) -> bool:
-    """Whether the weight of a linear layer is quantised; transformers' Conv1D, which is `transposed`, never is."""
+def packs(job: Job, path: str) -> bool:
+    """Whether the weight of a linear layer is quantised."""
     skipped = any(path == skip or path.endswith(f".{skip}") for skip in job.quantization.skip)
-    return job.has_4bit_base and not skipped and not transposed
+    return job.has_4bit_base and not skipped
+
+
+def refuse_left_in_16_bits(job: Job, family: str) -> None:
+    """
+    Refuse a base that transformers' own loading does not quantise: since 5.5 it asks for `type(module) is nn.Linear`
+    (integrations/bitsandbytes.py, replace_with_bnb_linear), and Falcon's layers are of a subclass. It warns that it
+    found none, and goes on with 16 bits.
+
+    Args:
+        family: the model's `model_type`.
+
+    Raises:
+        JobError: with what packs them.
+    """
+    if job.has_4bit_base and job.loop != "memplan" and family == "falcon":
+        raise JobError(
+            f"transformers leaves the linear layers of `{job.model}` in 16 bits when it loads the model in 4 "
+            f"(they are `FalconLinear`), so that `loop: {job.loop}` trains no 4-bit base",
+            hint="use `--set loop=memplan`, whose trainer packs them, or `--set method=lora` for what is trained",
+        )
 
 
 def packs_module(job: Job, module: Module) -> bool:
     """As `packs`, of a module of the layout."""
-    return module.role in ("linear", "head") and packs(job, module.name, transposed=module.transposed)
+    return module.role in ("linear", "head") and packs(job, module.name)
 
 
 def num_packed(job: Job, architecture: Architecture) -> int:
@@ -51,12 +72,14 @@ def make_map(g: Graph, job: Job) -> None:
 
 
 def pack(
-    g: Graph, job: Job, name: str, shape: Shape, *, on_device: bool = True, keeps_packed: bool = True
-) -> list[Tensor]:
+    g: Graph, job: Job, name: str, shape: Shape, *, transposed: bool = False, on_device: bool = True,
+    keeps_packed: bool = True,
+) -> list[Tensor]:  # fmt: skip
     """
     Quantise a weight: it is there in the job's dtype until its packed form is.
 
     Args:
+        transposed: that of a Conv1D, which is transposed first, into a copy.
         on_device: false where that happens on the host.
         keeps_packed: false where the constants alone come to the device.
 
@@ -66,6 +89,11 @@ def pack(
     """
     num_elements = prod(shape)
     weight = g.new(shape, job.dtype, f"{name}.weight before packing", "workspace") if on_device else None
+    copy = (
+        g.new(shape, job.dtype, f"{name}.weight transposed", "workspace")
+        if transposed and on_device
+        else None
+    )
     if g.device == "cpu":
         scratch = cpu_packing_scratch(num_elements, job.dtype, job.quantization.type)
         g.scratch(*scratch, name=f"{name} being packed")
@@ -81,13 +109,14 @@ def pack(
     keep(16 * 4, "code")
     g.scratch(16 * 4, 4, name=f"{name} largest value of the code")
     if not job.quantization.double_quant:
+        del copy
         return [*kept, constants]
     keep(4, "offset")
     difference = g.new((blocks,), "float32", f"{name} absmax less offset", "workspace")
     keep(-(-blocks // 256) * 4, "absmax of absmax")
     keep(blocks, "absmax in 8 bits")
     keep(DYNAMIC_MAP_BYTES, "code of absmax")
-    del difference, constants, weight
+    del difference, constants, copy, weight
     return kept
 
 

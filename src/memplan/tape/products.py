@@ -34,14 +34,20 @@ def _folded(g: Graph, x: Tensor) -> Tensor:
     return reshape(g, x, x.shape) if x.transposed and x.shape[0] > 1 else x
 
 
-def batched_matmul(g: Graph, a: Tensor, b: Tensor, columns: int, *, columns_first: bool = False) -> Tensor:
+def batched_matmul(
+    g: Graph, a: Tensor, b: Tensor, columns: int, *, columns_first: bool = False, repeated: bool = False
+) -> Tensor:
     """
     torch.matmul of (B, H, S, K) and (B, H, K, columns): operands that are not contiguous are copied for bmm, as are
-    heads that `b` has fewer of. `columns_first`: `b` is (B, H, columns, K), seen transposed.
+    heads that `b` has fewer of. `columns_first`: `b` is (B, H, columns, K), seen transposed. `repeated`: `b` is one
+    head by a stride of 0, which a cast writes out in order.
     """
     dtype = g.autocast
     if dtype:
-        b = cast(g, b, dtype)  # autocast's arguments are evaluated from the last to the first
+        low = cast(g, b, dtype)  # autocast's arguments are evaluated from the last to the first
+        low.transposed &= low is b or not repeated
+        b = low
+        del low
         a = cast(g, a, dtype)
     groups = a.shape[1] // b.shape[1]
     left, right = _folded(g, a), _folded(g, repeat_heads(g, b, groups) if groups > 1 else b)

@@ -20,6 +20,7 @@ from memplan.tape.hooks import Units
 from memplan.tape.loop import Loop, Optimizer, Recording
 from memplan.tape.model import Builder
 from memplan.tape.optimizer import OptimizerProgram
+from memplan.tape.packing import refuse_left_in_16_bits
 from memplan.tape.parts import Model
 from memplan.tape.programs import FAMILIES
 from memplan.tape.targets import check_targets
@@ -55,6 +56,8 @@ def record(
     _refuse_what_does_not_run(job, architecture)
     check_targets(job, architecture)
     behaviour = behaviour or Behaviour.for_job(job)
+    if not behaviour.packs_subclasses:
+        refuse_left_in_16_bits(job, architecture.family)
     if job.method == "npt":
         # Converted models train in eval mode: a teacher with dropout is a noisy one.
         architecture = replace(

@@ -40,6 +40,7 @@ class ZeroOptimizer:
         self.dtype = self.groups[0].dtype
         self.bucket_elements = reduce_bucket_elements(hidden_size)
         self.is_last = True
+        self.casts_inputs = False
         self.bucket: Storage | None = None
         self.pending: list[Parameter] = []
         """Parameters whose gradients wait in the bucket, or are alone too large for it."""

@@ -44,6 +44,7 @@ class Zero3Optimizer:
         self.on_host = job.offload.optimizer or job.offload.params
         self.params_on_host = job.offload.params
         self.is_last = True
+        self.casts_inputs = False
         self.bucket_elements = reduce_bucket_elements(hidden_size)
         self.coordinator = g.hooks = Coordinator(
             g,

@@ -138,8 +138,7 @@ def _pack(recorder: Recorder, module: Any, place: Place) -> None:
     The weight arrives in 16 bits and is there until its packed form is. Of that a rank that shards copies its part.
     """
     name = _where(place, "weight").replace(".base_layer.", ".")
-    shape = (module.out_features, module.in_features)
-    weight = torch.empty(shape, dtype=module.weight_dtype, device=META)
+    weight = torch.empty(module.weight_shape, dtype=module.weight_dtype, device=META)
     recorder.adopt(weight, "workspace", f"{name} before packing", place.layer)
     with recorder.active(), recorder.places.at(place):
         packed = module.pack_weight(weight)

@@ -18,6 +18,7 @@ from memplan.errors import JobError, MemplanError, TraceError
 from memplan.job.spec import Job
 from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
+from memplan.tape.packing import refuse_left_in_16_bits
 from memplan.tape.repeat import Expansion
 from memplan.tape.tape import Storage, Tape
 from memplan.tracing.autocast import emulated
@@ -82,7 +83,7 @@ def trace_job(
     Raises:
         TraceError: the job cannot be run on meta tensors.
         UnknownModel: the installed transformers cannot build the model.
-        JobError: DeepSpeed runs the job.
+        JobError: DeepSpeed runs the job, or transformers would not store the base in 4 bits.
     """
     if job.parallel.strategy.startswith("ZERO_"):
         raise JobError(
@@ -90,6 +91,7 @@ def trace_job(
             hint="use `--engine shape`, whose plan follows DeepSpeed's source, or `parallel.strategy: FULL_SHARD`",
         )
     _refuse_untraced(job)
+    refuse_left_in_16_bits(job, str(config.get("model_type")))
     # DDP's buckets hold gradients of several blocks.
     if not whole and not (job.world_size > 1 and not is_sharded(job)):
         try:

@@ -26,7 +26,7 @@ class PackedLinear(bitsandbytes.nn.Linear4bit):
     it before it is loaded.
 
     Args:
-        linear: the layer that it takes the place of; its bias is kept.
+        linear: the layer that it takes the place of, one of those that `takes` knows; its bias is kept.
         quantization_type: `nf4` or `fp4`.
         compute_dtype: of the product, and of the weight before it is packed.
         storage_dtype: of the tensor that holds the packed weight.
@@ -34,16 +34,18 @@ class PackedLinear(bitsandbytes.nn.Linear4bit):
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: Any,
         *,
         quantization_type: str,
         double_quant: bool,
         compute_dtype: torch.dtype,
         storage_dtype: torch.dtype,
     ) -> None:
+        self.is_transposed = _is_conv1d(linear)
+        in_features, out_features = linear.weight.shape if self.is_transposed else linear.weight.shape[::-1]
         super().__init__(
-            linear.in_features,
-            linear.out_features,
+            in_features,
+            out_features,
             bias=False,
             compute_dtype=compute_dtype,
             compress_statistics=double_quant,
@@ -61,15 +63,23 @@ class PackedLinear(bitsandbytes.nn.Linear4bit):
         self.is_probed = False
         """Whether packing remembers what the layer computes then, for `check_sharded`."""
         self.expected: Tensor | None = None
-        num_values = linear.in_features * linear.out_features
+        num_values = in_features * out_features
         rows = -(-num_values // (2 * storage_dtype.itemsize))
         self.weight = self._parameter(torch.empty((rows, 1), dtype=storage_dtype, device="meta"), None)
 
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Of the weight before it is packed, as the model and its checkpoints have it."""
+        shape = self.out_features, self.in_features
+        return torch.Size(shape[::-1] if self.is_transposed else shape)
+
     def pack_weight(self, weight: Tensor) -> Tensor:
         """
-        The packed form of a weight (out, in), on the device that it is on. The layer keeps the constants of its
-        blocks.
+        The packed form of a weight of `weight_shape`, on the device that it is on. The layer keeps the constants of its
+        blocks. That of a Conv1D is transposed first, as transformers does it (integrations/bitsandbytes.py).
         """
+        if self.is_transposed:
+            weight = weight.T.contiguous()
         packed, state = bitsandbytes.functional.quantize_4bit(
             weight, quant_storage=self.quant_storage, **self._packing
         )
@@ -104,6 +114,21 @@ class PackedLinear(bitsandbytes.nn.Linear4bit):
         return parameter
 
 
+def takes(module: nn.Module) -> bool:
+    """
+    Whether a layer can be packed: torch's linear layer, transformers' Conv1D, and Falcon's own linear layer, which
+    computes the same. Other subclasses, such as routers, return something else.
+    """
+    return type(module) is nn.Linear or _is_conv1d(module) or type(module).__name__ == "FalconLinear"
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """A linear layer of GPT-2, whose weight is (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def replace_linears(model: Any, job: Job) -> None:
     """
     Put a `PackedLinear` in the place of every linear layer of a model on the meta device, but those that
@@ -116,7 +141,7 @@ def replace_linears(model: Any, job: Job) -> None:
     replaced = 0
     for name, module in list(model.named_modules()):
         skipped = any(name == skip or name.endswith(f".{skip}") for skip in job.quantization.skip)
-        if type(module) is not nn.Linear or skipped or id(module.weight) == tied:
+        if not takes(module) or skipped or id(module.weight) == tied:
             continue
         packed = PackedLinear(
             module,
@@ -129,7 +154,7 @@ def replace_linears(model: Any, job: Job) -> None:
         replaced += 1
     if not replaced:
         raise RunError(
-            f"no layer of `{job.model}` can be stored in 4 bits: it has no plain linear layer that is not skipped",
+            f"no layer of `{job.model}` can be stored in 4 bits: it has no linear layer that is not skipped",
             hint="use `--set method=lora`, or check `quantization.skip`",
         )
     model.is_loaded_in_4bit = True  # where peft looks

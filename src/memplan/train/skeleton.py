@@ -90,7 +90,8 @@ class Skeleton:
     def draw(self, seed: int) -> None:
         """
         Random values by transformers' own rules, drawn on the device, whole. Those of a module depend on its name and
-        the seed alone, so that every rank and every way to store them gets the same.
+        the seed alone, so that every rank and every way to store them gets the same; but for packed layers of Falcon,
+        which its rules draw once, and twice where they are not packed.
         """
         self._initialise(seed)
 
@@ -123,7 +124,7 @@ class Skeleton:
                     continue
                 shape, dtype = tensor.shape, tensor.dtype
                 if attribute == "weight" and hasattr(module, "pack_weight"):
-                    shape, dtype = torch.Size((module.out_features, module.in_features)), module.weight_dtype
+                    shape, dtype = module.weight_shape, module.weight_dtype
                 slot = by_tensor.setdefault(id(tensor), Slot(shape, dtype))
                 slot.places.append((module, attribute))
                 self._slot_at[id(module), attribute] = slot

@@ -10,6 +10,7 @@ from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import backward_from
 from memplan.tape.fsdp1 import Fsdp1Units
 from memplan.tape.graph import Graph
+from memplan.tape.hooks import Units
 from memplan.tape.modules import entered, left
 from memplan.tape.ops import cast
 from memplan.tape.parts import Block, Model
@@ -86,14 +87,13 @@ def run_blocks(
     for block in model.blocks:
         g.enter(block.layer)
         g.path = f"{base}.{{layer}}"
-        if g.units is not None:
-            g.units.before_forward(block.layer, hidden)
+        fed = hidden if _feeds_inside(g, settings) else _fed(g, block, hidden)
         step = _bound(g, model, settings, run, given[kind_of(model, block)])
         if block.checkpointed and g.grad_enabled:
-            hidden = _checkpointed(g, block, hidden, step, settings)
+            hidden = _checkpointed(g, block, fed, step, settings)
         else:
-            hidden = step(block, hidden)
-        del step
+            hidden = step(block, fed)
+        del step, fed
         if g.units is not None:
             g.units.after_forward(block.layer)
     g.path = base
@@ -105,16 +105,48 @@ def _bound(
     g: Graph, model: Model, settings: Settings, run: RunBlock, given: Given
 ) -> Callable[[Block, Tensor], Tensor]:
     def call(block: Block, hidden: Tensor) -> Tensor:
+        if _feeds_inside(g, settings):
+            hidden = _fed(g, block, hidden)
         entered(g, "layer")
-        return left(g, "layer", run(g, model, block, _as_fed(g, hidden, settings), given, settings))
+        return left(g, "layer", run(g, model, block, hidden, given, settings))
 
     return call
 
 
-def _as_fed(g: Graph, hidden: Tensor, settings: Settings) -> Tensor:
-    """FSDP2 casts what a unit is given to the dtype it computes with (MixedPrecisionPolicy.cast_forward_inputs)."""
-    is_unit = g.units is not None and not settings.behaviour.fsdp1
-    return cast(g, hidden, g.autocast) if is_unit and g.autocast else hidden
+def _feeds_inside(g: Graph, settings: Settings) -> bool:
+    """Whether the hooks before a block are run inside its checkpoint, and once more by a recomputation."""
+    return g.units is not None and g.units.casts_inputs and not settings.behaviour.checkpoints_forward
+
+
+def _fed(g: Graph, block: Block, hidden: Tensor) -> Tensor:
+    """What a block runs on when its parameters are there."""
+    if g.units is None:
+        return hidden
+    if g.units.casts_inputs:
+        hidden = _as_fed(g, g.units, hidden)
+    if not g.in_backward:
+        g.units.before_forward(block.layer, hidden)
+    return hidden
+
+
+def _as_fed(g: Graph, units: Units, hidden: Tensor) -> Tensor:
+    """
+    FSDP2 casts what a unit is given to the dtype it computes with (MixedPrecisionPolicy.cast_forward_inputs). That is
+    outside the unit: backward has left it when the gradient is cast back.
+    """
+    low = cast(g, hidden, g.autocast or hidden.dtype)
+    if low is hidden or low.node is None:
+        return low
+    cast_back = low.node.backward
+
+    def leave_first(
+        g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+    ) -> Gradients:
+        units.leave_backward(node.layer)
+        return cast_back(g, node, gradients, saved)
+
+    low.node.backward = leave_first
+    return low
 
 
 def _checkpointed(

@@ -41,7 +41,9 @@ def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings, *, heads: H
         with g.module("h"):
             held = [hidden]
             del hidden  # the loop over the blocks is the only one that holds their input
-            given = dict.fromkeys(architecture.attention_kinds, Given(mask, position_ids=position_ids))
+            given = dict.fromkeys(
+                architecture.attention_kinds, Given(mask, position_ids=None if mask_first else position_ids)
+            )
             hidden = run_blocks(
                 g,
                 model,
