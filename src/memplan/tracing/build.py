@@ -37,7 +37,7 @@ class MetaModel:
 
     built: Built
     root: Step | None
-    """What FSDP was applied to, if anything was."""
+    """What FSDP was applied to; None where every rank has all of the model, or accelerate cuts it later."""
     blocks: nn.ModuleList | None
     selection: Selection
     num_layers: int
@@ -129,11 +129,12 @@ def build_meta(
         trained = model if job.method == "npt" else _prepare(job, model, mover)
         built = Built.of(job, model, trained, decoder)
         _check_loss(job, built)
-        if is_sharded(job) and job.method == "qlora" and job.quantization.kbit_preparation:
+        is_cut = is_sharded(job) and job.loop != "hf_trainer"
+        if is_cut and job.method == "qlora" and job.quantization.kbit_preparation:
             from memplan.train.quantize import prepare_kbit
 
             prepare_kbit(trained)
-        root = _cut_to_shards(job, built, group)
+        root = _cut_to_shards(job, built, group) if is_cut else None
         if job.method == "npt":
             _prepare(job, model)
     return MetaModel(built, root, blocks, selection, num_layers, num_parameters, largest, embedding, name)
@@ -155,10 +156,8 @@ def names_experts(model: nn.Module) -> bool:
     )
 
 
-def _cut_to_shards(job: Job, built: Built, group: Group) -> Step | None:
-    """The root of the units that FSDP gathers; None where every rank has all of the model."""
-    if not is_sharded(job):
-        return None
+def _cut_to_shards(job: Job, built: Built, group: Group) -> Step:
+    """The root of the units that FSDP gathers."""
     root = Step(job, built, META.type)
     shard(job, built, root, group)
     return root

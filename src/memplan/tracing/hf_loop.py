@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +20,11 @@ from memplan.hf.arguments import check_trainer, training_arguments
 from memplan.hf.trainer import collate, observed_trainer
 from memplan.job.spec import Job
 from memplan.tracing.build import META
+from memplan.tracing.hf_ranks import accelerate_on_ranks, arguments_of_ranks, name_shards
 from memplan.tracing.recorder import Recorder
+from memplan.tracing.sharded import finish_reductions
 from memplan.train.offload import Mover
+from memplan.train.parallel import is_sharded
 
 MICRO_BATCHES = 3
 """From the third micro batch of a step on nothing changes, so no more are run."""
@@ -74,10 +77,13 @@ def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int, 
         def _move_model_to_device(self, *_: Any) -> None:
             """The model is where it is."""
 
-        def create_optimizer(self, *positional: Any, **options: Any) -> Any:
-            optimizer = super().create_optimizer(*positional, **options)
-            recorder.watch(trained_parameters(self.model), optimizer)
-            return optimizer
+        def _prepare_for_training(self, *positional: Any, **options: Any) -> Any:
+            prepared = super()._prepare_for_training(*positional, **options)
+            finish_reductions(self.model_wrapped)
+            if is_sharded(job):
+                name_shards(recorder, job, self.model)
+            recorder.watch(trained_parameters(self.model), unwrapped(self.optimizer))
+            return prepared
 
         def get_batch_samples(self, *positional: Any, **options: Any) -> Any:
             batches, num_items = super().get_batch_samples(*positional, **options)
@@ -97,9 +103,14 @@ def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int, 
             return super()._get_num_items_in_batch([*batches, *self._others], *positional, **options)
 
     rows = [{"input_ids": [0] * job.max_seq_len}] * (
-        job.micro_batch_size * job.gradient_accumulation_steps * num_steps
+        job.micro_batch_size * job.gradient_accumulation_steps * job.world_size * num_steps
     )
-    with apart(), saved_by(mover), TemporaryDirectory(prefix="memplan-") as folder:
+    with ExitStack() as stack:
+        stack.enter_context(apart())
+        stack.enter_context(saved_by(mover))
+        if job.world_size > 1:
+            stack.enter_context(accelerate_on_ranks(recorder, job))
+        folder = stack.enter_context(TemporaryDirectory(prefix="memplan-"))
         arguments = training_arguments(
             # accelerate refuses float16 on the CPU, where it believes to be until it is told otherwise.
             job if job.autocast is None else replace(job, autocast="bfloat16"),
@@ -109,6 +120,7 @@ def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int, 
             base=_arguments_on_meta(),
             dataloader_pin_memory=False,
             logging_nan_inf_filter=False,  # it looks at the loss, which has no value here
+            **arguments_of_ranks(job),
         )
         OnMeta(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
 
@@ -147,6 +159,11 @@ def pretend_meta(autocast: str | None) -> None:
         state._shared_state["device"] = META
     if autocast == "float16":
         AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that accelerate wrapped."""
+    return unwrapped(optimizer.optimizer) if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import nn
 from memplan.errors import TraceError
 from memplan.job.spec import AllocatorSettings, Job
 from memplan.tracing.build import META
-from memplan.tracing.hf_loop import MICRO_BATCHES, apart, pretend_meta, saved_by
+from memplan.tracing.hf_loop import MICRO_BATCHES, apart, pretend_meta, saved_by, unwrapped
 from memplan.tracing.host import HostMover
 from memplan.tracing.optimizers import bitsandbytes_on_meta
 from memplan.tracing.packages import stand_ins
@@ -121,11 +121,6 @@ def _check(trainer: Any) -> None:
             f"`{kind.__name__}` makes its batches while it trains, which is not followed",
             hint="`memplan.trace` traces a step that you write",
         )
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that accelerate wrapped."""
-    return unwrapped(optimizer.optimizer) if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
 
 
 def models_of(trainer: Any) -> dict[str, nn.Module]:

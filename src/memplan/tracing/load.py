@@ -12,6 +12,7 @@ from memplan.job.spec import Job
 from memplan.tracing.build import META, MetaModel
 from memplan.tracing.places import Place, places_of
 from memplan.tracing.recorder import Recorder
+from memplan.train.parallel import is_sharded as is_sharded_job
 from memplan.train.parallel import local_part
 from memplan.train.skeleton import is_sharded
 
@@ -26,6 +27,8 @@ def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = Fal
     places = places_of(model, meta.blocks, meta.selection.layers, meta.built.head)
     recorder.places.tell(places)
     recorder.mark("load", 0)
+    if job.loop == "hf_trainer" and is_sharded_job(job) and not job.has_4bit_base:
+        return  # in host memory until accelerate shards it (hf_ranks.py)
     if on_device:
         recorder.scratch((_checkpoint_bytes(job, meta, places),), "room for the model's weights")
     adapters = _load_base(recorder, job, model, places)

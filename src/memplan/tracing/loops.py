@@ -9,11 +9,13 @@ import torch
 
 from memplan.job.spec import Job
 from memplan.tape.behaviour import Behaviour
-from memplan.tracing.build import META
+from memplan.tracing.build import META, MetaModel
 from memplan.tracing.hf_loop import MICRO_BATCHES, run_trainer
 from memplan.tracing.recorder import Recorder
+from memplan.tracing.sharded import finish_reductions
 from memplan.train.build import Built
 from memplan.train.data import Batches
+from memplan.train.group import Group
 from memplan.train.host_optimizer import HostCopies
 from memplan.train.loop import Loop
 from memplan.train.offload import Mover
@@ -49,16 +51,18 @@ def full_batches(job: Job) -> Batches:
 
 
 def run_loop(
-    job: Job, built: Built, parallel: Parallel, recorder: Recorder, num_steps: int, mover: Mover
+    job: Job, meta: MetaModel, group: Group, recorder: Recorder, num_steps: int, mover: Mover
 ) -> Any:
     """
     Optimizer steps 1 to `num_steps` of the loop that the job names, recorded; `mover` is for loops that offload inputs
     of blocks themselves. Returns what the loop still holds.
     """
-    held = None
     if job.loop == "hf_trainer":
-        run_trainer(job, built.model, recorder, num_steps, mover)
-        return held
+        run_trainer(job, meta.built.model, recorder, num_steps, mover)
+        return None
+    built, held = meta.built, None
+    parallel = Parallel(job, built, group, root=meta.root)
+    finish_reductions(parallel.module)
     if job.npt.stream == "curriculum":  # what it takes at most: that of its first steps
         job = replace(job, npt=replace(job.npt, stream="teacher"))
     job = replace(job, gradient_accumulation_steps=min(job.gradient_accumulation_steps, MICRO_BATCHES))

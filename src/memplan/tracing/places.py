@@ -49,6 +49,10 @@ class Places:
         """Follow these modules."""
         self._of_module.update({id(module): place for module, place in paths.items()})
 
+    def of_module(self, module: nn.Module) -> Place:
+        """The place of a module; outside all of those that are followed if it is none of them."""
+        return self._of_module.get(id(module), _OUTSIDE)
+
     def of_sequence(self, sequence: int) -> Place:
         """The place at which the node of this number was made."""
         index = bisect_right(self._sequences, sequence) - 1

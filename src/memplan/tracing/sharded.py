@@ -25,7 +25,7 @@ from memplan.tracing.build import META
 from memplan.tracing.recorder import Recorder
 from memplan.tracing.replaced import replaced
 from memplan.train.group import Group
-from memplan.train.parallel import Parallel, is_sharded
+from memplan.train.parallel import is_sharded
 
 
 class _Event:
@@ -157,19 +157,24 @@ def fake_process_group(world_size: int) -> Iterator[None]:
     def make_meta(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
         make(self, META.type if device_type == "cuda" else device_type, *args, **kwargs)
 
-    changes: list[tuple[Any, str, Any]] = [(mesh, "__init__", make_meta)]
-    for name in ("_fsdp_init", "_fully_shard"):
-        module = importlib.import_module(f"torch.distributed.fsdp._fully_shard.{name}")
-        if hasattr(module, "_init_default_mesh"):
-            changes.append((module, "_init_default_mesh", lambda *_, **__: _all_ranks(world_size)))
-        if hasattr(module, "_init_default_fully_shard_mesh"):
-            changes.append((module, "_init_default_fully_shard_mesh", lambda: _all_ranks(world_size)))
+    changes = [(mesh, "__init__", make_meta), *over_all_ranks(world_size)]
     with _fake_group(world_size), replaced(changes), devices_are_meta("cuda"):
         yield
 
 
-def _all_ranks(world_size: int) -> dist.DeviceMesh:
-    return dist.init_device_mesh(META.type, (world_size,))
+def over_all_ranks(world_size: int) -> list[tuple[Any, str, Any]]:
+    """What is to be replaced so that `fully_shard` without a mesh shards over this many meta devices."""
+
+    def mesh(*_: Any, **__: Any) -> dist.DeviceMesh:
+        return dist.init_device_mesh(META.type, (world_size,))
+
+    changes: list[tuple[Any, str, Any]] = []
+    for name in ("_fsdp_init", "_fully_shard"):
+        module = importlib.import_module(f"torch.distributed.fsdp._fully_shard.{name}")
+        for default in ("_init_default_mesh", "_init_default_fully_shard_mesh"):
+            if hasattr(module, default):
+                changes.append((module, default, mesh))
+    return changes
 
 
 @contextlib.contextmanager
@@ -192,6 +197,7 @@ def _fake_group(world_size: int) -> Iterator[_Streams]:
         (checked, "_validate_no_meta_params", _nothing),
         (checked, "_validate_cpu_offload_params", _nothing),
         (propagator, "_propagate_tensor_meta_non_cached", propagate_unseen),
+        (torch.accelerator, "current_stream", lambda *_: streams.current[-1]),
     ]
     changes = [entry for entry in changes if hasattr(entry[0], entry[1])]
     torch.meta = sys.modules["torch.meta"] = streams.module()
@@ -216,9 +222,8 @@ def rank_zero(recorder: Recorder, job: Job) -> Iterator[Group]:
         yield Group(world_size=job.world_size, device=META)
 
 
-def finish_reductions(parallel: Parallel) -> None:
+def finish_reductions(module: nn.Module) -> None:
     """DDP waits for a future that a group which sends nothing never gives: give it one that is done."""
-    module = parallel.module
     if isinstance(module, nn.parallel.DistributedDataParallel):
         module.register_comm_hook(None, _reduced)
 

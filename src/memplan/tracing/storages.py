@@ -209,11 +209,12 @@ class Storages:
         """A tensor that exists becomes an allocation now: a parameter, a buffer, an input; if it is on the device."""
         if self.host is not None and self.host.holds(tensor):
             return
-        if self._is_new(tensor):
+        if self.is_new(tensor):
             self._enter(layer)
             self._allocate(tensor, category, name)
 
-    def _is_new(self, tensor: Any) -> bool:
+    def is_new(self, tensor: Any) -> bool:
+        """Whether a tensor is on the device and has not been seen."""
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != self.device_type:
             return False
         return tensor.untyped_storage()._cdata not in self._live
@@ -265,7 +266,7 @@ class Storages:
     def _see(self, out: Any, category: str, name: str) -> None:
         tensors = (out,) if isinstance(out, torch.Tensor) else out if isinstance(out, (list, tuple)) else ()
         for tensor in tensors:
-            if self._is_new(tensor):
+            if self.is_new(tensor):
                 self._allocate(tensor, category, name.removeprefix("aten::"))
 
     def see(self, tensor: torch.Tensor, name: str) -> None:

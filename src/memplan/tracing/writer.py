@@ -31,10 +31,10 @@ from memplan.tracing.loops import run_loop
 from memplan.tracing.optimizers import bitsandbytes_on_meta, own_quantization_maps
 from memplan.tracing.packages import stand_ins
 from memplan.tracing.reference_code import reference_code
-from memplan.tracing.sharded import finish_reductions, is_distributed, rank_zero
+from memplan.tracing.sharded import is_distributed, rank_zero
 from memplan.train.group import Group
 from memplan.train.offload import PlainMover
-from memplan.train.parallel import Parallel, is_sharded
+from memplan.train.parallel import is_sharded
 from memplan.train.refusals import TORCH_OPTIMIZERS
 from memplan.train.tokens import first_line
 
@@ -92,8 +92,8 @@ def trace_job(
         )
     _refuse_untraced(job)
     refuse_left_in_16_bits(job, str(config.get("model_type")))
-    # DDP's buckets hold gradients of several blocks.
-    if not whole and not (job.world_size > 1 and not is_sharded(job)):
+    # DDP's buckets hold gradients of several blocks; accelerate's `no_sync` and norms are of all blocks at once.
+    if not whole and not (job.world_size > 1 and (job.loop == "hf_trainer" or not is_sharded(job))):
         try:
             return _trace(job, config, device, num_steps, whole=False)
         except MemplanError:
@@ -110,10 +110,10 @@ def _refuse_untraced(job: Job) -> None:
     if job.loop == "memplan":
         _refuse_unshardable(job)
         return
-    if job.world_size > 1 or job.offload.params:
+    if job.offload.params or (job.world_size > 1 and job.loop == "script"):
+        asked = "jobs with `offload.params`" if job.offload.params else "jobs on several GPUs"
         raise TraceError(
-            f"jobs on several GPUs, and with `offload.params`, are traced in memplan's own loop, not with "
-            f"`loop: {job.loop}`",
+            f"{asked} are not traced with `loop: {job.loop}`",
             hint="use `--engine shape`, or `--set loop=memplan`",
         )
     if job.loop == "script" and job.loss == "chunked":
@@ -165,10 +165,8 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
         if job.offload.optimizer and on_gpu:
             recorder.host = recorder.host or HostMemory(takes_copies=False)
         stack.enter_context(recorder.active())
-        parallel = Parallel(job, meta.built, group, root=meta.root)
-        finish_reductions(parallel)
         try:
-            held = run_loop(job, meta.built, parallel, recorder, num_steps, mover)
+            held = run_loop(job, meta, group, recorder, num_steps, mover)
         except Exception as error:
             if whole and recorder.unknown_values and not isinstance(error, MemplanError):
                 raise TraceError(

@@ -1,0 +1,102 @@
+"""transformers' Trainer on several ranks, traced, beside two processes of gloo that train with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import memplan
+from memplan.errors import TraceError
+from memplan.tracing.writer import trace_job
+from tracing import trainer_ranks
+from tracing.tiny import job
+from tracing.trainer_ranks import CASES, CONFIG, WORLD_SIZE, task_of
+
+FOLDERS = (Path(memplan.__file__).parent.parent, Path(trainer_ranks.__file__).parent.parent)
+FULL_SHARD = {"parallel__strategy": "FULL_SHARD", "parallel__dp_shard": 4}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Peaks of rank 0, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, trainer_ranks.__file__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=subprocess.DEVNULL)
+        for rank in range(WORLD_SIZE)
+    ]
+    assert [rank.wait() for rank in ranks] == [0] * WORLD_SIZE
+    peaks: dict[str, int] = json.loads((folder / "peaks.json").read_text())
+    return peaks
+
+
+def step_peak(traced: Any) -> int:
+    """Most bytes alive from the first step on."""
+    tape = traced.flatten()
+    start = next(mark.event for mark in tape.marks if mark.phase != "load")
+    live = most = 0
+    for index, event in enumerate(tape.events):
+        live += tape.sizes[event] if event > 0 else -tape.sizes[-event]
+        if index >= start:
+            most = max(most, live)
+    return most
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_trainer_peaks_where_real_ranks_do(name: str, measured: dict[str, int]) -> None:
+    """Within 0.1 %, but for the states of the CPU's random numbers, one per checkpointed block."""
+    task = task_of(name)
+    traced = step_peak(trace_job(task, CONFIG, device="cpu"))
+    states = 0
+    if task.activation_checkpointing == "full":
+        states = CONFIG["num_hidden_layers"] * torch.get_rng_state().nbytes
+    assert traced * 0.999 <= measured[name] <= (traced + states) * 1.001
+    assert not dist.is_initialized()
+
+
+def at_rest(**fields: Any) -> int:
+    """Bytes alive as the first step begins."""
+    tape = trace_job(job(loop="hf_trainer", **fields), CONFIG).flatten()
+    start = next(mark.event for mark in tape.marks if mark.phase != "load")
+    return sum(tape.sizes[event] if event > 0 else -tape.sizes[-event] for event in tape.events[:start])
+
+
+def whole_on_every_rank(**fields: Any) -> float:
+    """Bytes at rest that do not go down with the number of ranks."""
+    few, many = (at_rest(**fields, **FULL_SHARD | {"parallel__dp_shard": ranks}) for ranks in (2, 8))
+    return many - (few - many) / 3
+
+
+def test_a_4_bit_base_stays_whole_on_every_rank() -> None:
+    """accelerate leaves bytes out of what FSDP shards; the rest is cut."""
+    packed = 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352) // 2
+    assert packed < whole_on_every_rank(method="qlora") < 1.2 * packed
+    assert whole_on_every_rank(method="lora") < 0.01 * packed
+
+
+def test_gradients_of_an_accumulated_step_are_whole_until_its_last_micro_batch() -> None:
+    """Trainer calls accelerate's `no_sync`, which with FSDP2 reduces nothing."""
+    peaks = [
+        step_peak(trace_job(job(loop="hf_trainer", gradient_accumulation_steps=count, **FULL_SHARD), CONFIG))
+        for count in (1, 2)
+    ]
+    blocks = 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352)
+    assert peaks[1] - peaks[0] > blocks  # half of their bytes in bfloat16: those of all but the last block
+
+
+def test_what_is_not_followed_is_refused() -> None:
+    task = job(loop="hf_trainer", **FULL_SHARD)
+    with pytest.raises(TraceError, match=r"`offload.params` are not traced with `loop: hf_trainer`"):
+        trace_job(replace(task, offload=replace(task.offload, params=True)), CONFIG)
+    with pytest.raises(TraceError, match="several GPUs are not traced with `loop: script`"):
+        trace_job(task.replace(loop="script"), CONFIG)
