@@ -52,6 +52,33 @@ def test_from_pretrained_makes_room_for_the_weights_first():
     assert "model.embed_tokens.weight" == embedding
 
 
+def test_stage_3_cuts_a_4_bit_model_when_all_of_it_is_loaded():
+    """
+    transformers makes no quantised model under zero.Init: every rank has all weights and constants, then cuts the
+    weights, of which it keeps a fourth; the constants stay.
+    """
+    sharded = {"parallel__strategy": "ZERO_3", "parallel__dp_shard": 4}
+    alone, parts = loaded(job(lora__rank=1)), loaded(job(lora__rank=1, **sharded))
+    weights = 357_826_560 // 2 + 136_206_208 * 2
+    constants = alone[-1] - weights
+    adapters = 2 * 24 * 14 * 4864 * 4  # at most: two vectors beside each of 7 layers of a block, in float32
+
+    assert 0 < constants < weights / 16 + adapters
+    assert max(parts) >= weights + constants - adapters
+    assert weights / 4 <= parts[-1] < weights / 4 + constants + adapters
+
+
+def loaded(job: Job) -> list[int]:
+    """Bytes alive after each event of loading, but for the room that `from_pretrained` makes first."""
+    written = write_tape(job, resolve_model("qwen2.5-0.5b"))
+    tape = written.flatten()
+    live, curve = 0, []
+    for event in tape.events[: tape.marks[1].event]:
+        live += tape.sizes[abs(event)] * (1 if event > 0 else -1)
+        curve.append(live)
+    return curve[2:]
+
+
 @pytest.mark.parametrize("fields", [{"loop": "memplan"}, {"method": "lora"}])
 def test_other_loaders_take_tensor_by_tensor(fields: dict[str, str]):
     """memplan's own loop, and a 16-bit model that is loaded on the host and moved."""

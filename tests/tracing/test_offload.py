@@ -36,6 +36,13 @@ def test_inputs_of_blocks_come_back_for_their_recomputation(settings: dict[str, 
     assert both.peaks()[1] < kept.peaks()[1]
 
 
+@pytest.mark.parametrize("loop", ["script", "memplan"])
+def test_the_fused_step_of_sgd_is_taken_on_the_host(loop: str) -> None:
+    """torch has no such step for meta tensors."""
+    fields = {"optimizer": "sgd", "optimizer_kernel": "fused", "offload__optimizer": True}
+    assert_equal(compare(job(loop=loop, **fields), CONFIGS["llama"]))
+
+
 @pytest.mark.parametrize(
     "settings",
     [

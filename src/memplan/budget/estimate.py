@@ -249,8 +249,8 @@ def _warnings(job: Job, context: str, engine: str) -> tuple[str, ...]:
         pass  # notes.zero_notes says how
     elif job.parallel.strategy.startswith("ZERO"):
         notes.append(
-            f"{job.parallel.strategy} of a model in 4 bits is planned to first order: its states are cut, its "
-            "buffers are those of FSDP"
+            f"{job.parallel.strategy} of a model in 4 bits is planned to first order: loaded whole and then cut, as "
+            "DeepSpeed does; its states are cut, its buffers are those of FSDP"
         )
     elif job.world_size > 1:
         notes.append(

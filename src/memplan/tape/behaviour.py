@@ -196,7 +196,9 @@ class Behaviour:
                 (trainer and adapters)
                 or (script and job.method == "qlora" and job.quantization.kbit_preparation)
             ),
-            loads_on_device=(script or trainer) and job.has_4bit_base and job.parallel.strategy == "NO_SHARD",
+            loads_on_device=(script or trainer)
+            and job.has_4bit_base
+            and job.parallel.strategy in ("NO_SHARD", "ZERO_3"),
             compute_capability=capability,
             attention_kernel=job.attention_kernel,
             cublas_workspace_bytes=(

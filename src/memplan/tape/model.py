@@ -8,7 +8,8 @@ for are built (repeat.py), each under its own index.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 from memplan.job.spec import Job
@@ -27,7 +28,7 @@ from memplan.tape.packing import make_map, pack, packed_bytes, packs, packs_modu
 from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
 from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape
 from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
-from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
+from memplan.tape.tensors import ITEMSIZE, Parameter, Shape, Storage, Tensor
 from memplan.tape.token_rows import TokenRows
 from memplan.tape.wrapping import ToWrap, upcast_shards, wrap_units
 from memplan.tape.zero_groups import zero_stage
@@ -58,13 +59,21 @@ class Builder:
         # Ranks that every tensor is cut over by itself: stage 3 of ZeRO; 0 for none.
         self.partition_degree = job.parallel.dp_shard if zero_stage(job) == 3 else 0
         self.is_prepared = job.method == "qlora" and job.quantization.kbit_preparation
-        self.cuts = self.layout.gathers and not self.flat
+        self.cuts_late = self.layout.gathers and job.parallel.strategy == "ZERO_3"
+        """
+        Stage 3 of ZeRO with a 4-bit base: every rank loads all of the model, since transformers makes no quantised one
+        under zero.Init (modeling_utils.py, get_init_context), and the engine then cuts it, one tensor after the other
+        (deepspeed/runtime/zero/parameter_offload.py, _convert_to_zero_parameters).
+        """
+        self.cuts = self.layout.gathers and not self.flat and not self.cuts_late
         """FSDP2: tensors have memory for a part of them before they are filled."""
-        self.base_dtype = "float32" if self.is_prepared and self.cuts else job.dtype
+        self.base_dtype = "float32" if self.is_prepared and (self.cuts or self.cuts_late) else job.dtype
         """Of what is not packed: peft prepares a model before FSDP2 cuts it, and a whole one when it is loaded."""
         self.parameters: list[Parameter] = []
         self.to_pack: list[tuple[int | None, str, Linear]] = []
         """4-bit layers that have shards, and are to be packed: block, name, and the layer."""
+        self.uncut: list[tuple[int | None, Callable[[], None]]] = []
+        """With `cuts_late`, what cuts the tensors that are whole: block, and a function."""
         self.packed_shapes: dict[tuple[int, ...], int | None] = {}
         """Of sharded 4-bit layers, (out, in) and the block of the first one."""
         self.whole: dict[str, list[int]] = {}
@@ -95,14 +104,17 @@ class Builder:
         if self.partition_degree:  # whole when made, then cut by itself (partition_parameters.py, Init)
             local = (-(-prod(shape) // self.partition_degree),)
             made = g.new(shape, stored, f"{name} before it is cut", "workspace")
-        if (self.layout.params_on_host or self.flat) and not whole:
+        late = self.cuts_late and not whole
+        if (self.layout.params_on_host or self.flat) and not whole and not late:
             storage = Storage([], 0)  # in host memory, not on the tape
         else:
-            held = g.new(local, stored, name, category)
+            held = g.new(shape if late else local, stored, name, category)
             assert held.storage is not None
             storage = held.storage
         del made
         parameter = Parameter(name, shape, stored, storage, layer, trains)
+        if late:
+            self.uncut.append((layer, partial(self._cut, parameter, local, stored, category)))
         if self.layout.gathers and not whole:
             parameter.dtype = self.job.autocast or (stored if self.behaviour.fsdp1 else self.job.dtype)
             self.contents.parts.setdefault(layer, []).append(Part(name, shape, stored, parameter.dtype))
@@ -116,7 +128,7 @@ class Builder:
         self.parameters.append(parameter)
         if category == "weights":
             self.base.append(parameter)
-            if self.layout.gathers and self.job.weights == "random":
+            if self.layout.gathers and self.job.weights == "random" and not late:
                 self.whole[name] = [prod(shape) * ITEMSIZE[stored]]
         return parameter
 
@@ -142,6 +154,8 @@ class Builder:
         )
         if quantized and self.layout.gathers:
             self.packed_shard(name, shape, layer)
+        if quantized and self.cuts_late:
+            self.uncut.append((layer, partial(self._cut_packed, linear)))
         if quantized and self.cuts:
             self.to_pack.append((layer, name, linear))
         elif quantized:
@@ -162,9 +176,31 @@ class Builder:
         self.contents.parts.setdefault(layer, []).append(part)
         if self.flat:
             self.to_wrap.append(ToWrap(layer, part))
-        elif not self.layout.params_on_host:
+        elif not self.layout.params_on_host and not self.cuts_late:
             local = shard_shape(part.shape, self.layout.parameters)
             self.g.persistent.append(self.g.new(local, "uint8", f"{name} packed weight", "weights"))
+
+    def cut_late(self) -> None:
+        """Cut what is whole; the constants of packed weights stay."""
+        self.g.begin(f"load_cut {len(self.parameters)}")
+        for layer, cut in self.uncut:
+            self.g.enter(layer)
+            cut()
+        self.g.enter(None)
+        self.uncut.clear()
+
+    def _cut(self, parameter: Parameter, shape: Shape, dtype: str, category: str) -> None:
+        if self.layout.params_on_host:
+            parameter.storage = Storage([], 0)
+        else:
+            parameter.storage = self.g.new(shape, dtype, parameter.name, category).storage
+
+    def _cut_packed(self, linear: Linear) -> None:
+        count = packed_bytes(linear.in_features * linear.out_features)
+        if not self.layout.params_on_host:
+            shape = shard_shape((count,), self.layout.parameters)
+            self.g.persistent.append(self.g.new(shape, "uint8", f"{linear.name} packed weight", "weights"))
+        del linear.held[0]
 
     def fill_packed_shards(self) -> None:
         """
@@ -220,6 +256,10 @@ class Builder:
             self.attach_adapters(model)
             make_map(g, job)
             self.fill_packed_shards()
+        elif self.cuts_late:
+            self.cut_late()
+            self.attach_adapters(model)
+            self.cut_late()
         else:
             self.prepare_kbit()
             self.attach_adapters(model)

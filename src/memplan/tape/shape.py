@@ -79,7 +79,7 @@ def record(
     converted = npt_layers(job, architecture)
     model = builder.build(converted, checkpointed)
     g.units = None if zero_stage(job) else _units(g, job, builder, behaviour)
-    if isinstance(g.units, Fsdp2Units) and job.method == "qlora":
+    if isinstance(g.units, Fsdp2Units) and job.method == "qlora" and builder.cuts:
         _check_packed_shards(g, g.units, builder)
     recording.num_trainable = len(model.trainable)
     optimizer = _optimizer(g, job, model, builder)
