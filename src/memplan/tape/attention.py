@@ -73,6 +73,8 @@ def attention(
     repeated: bool = False,
     told_of_groups: bool = True,
     weights: list[Tensor] | None = None,
+    positions_seen: bool = False,
+    all_rows: bool = False,
 ) -> Tensor:
     """
     (B, H, S, D) queries against (B, H_kv, S, D) keys and values: (B, S, H*D), before the output projection.
@@ -83,7 +85,8 @@ def attention(
     `repeated`: the caller copies key and value heads whatever the kernel takes; `weights` is given those of eager
     attention, which returns them. transformers copies the heads where there is a mask, and else leaves groups of heads
     to the kernel (integrations/sdpa_attention.py, use_gqa_in_sdpa). Not `told_of_groups`, sdpa finds unequal numbers
-    of heads, which only the composite kernel takes, as a broadcast.
+    of heads, which only the composite kernel takes, as a broadcast. `positions_seen`: the package is given positions;
+    `all_rows`: they are looked at whatever the batch is (`Behaviour.checks_all_rows`).
 
     Raises JobError where the job names a kernel that does not take the call.
     """
@@ -103,6 +106,8 @@ def attention(
     kernel = "package"
     if is_package:
         low_query, low_key, low_value = cast(g, query, dtype), cast(g, key, dtype), cast(g, value, dtype)
+        if positions_seen and (all_rows or query.shape[0] == 1):
+            _look_for_documents(g, query.shape[0], query.shape[-2])
     else:
         low_value = cast(g, value, dtype)  # autocast's arguments are evaluated from the last to the first
         low_key, low_query = cast(g, key, dtype), cast(g, query, dtype)
@@ -127,6 +132,26 @@ def attention(
     out = run_kernel(g, kernel, low_query, low_key, low_value, masked=padded)
     del low_query, low_key, low_value
     return merge_heads(g, out)
+
+
+def _look_for_documents(g: Graph, rows: int, length: int) -> None:
+    """
+    _is_packed_sequence of transformers/modeling_flash_attention_utils.py: positions (1, S) beside those that a row of
+    one document has; of several rows nothing is compared in the end.
+    """
+    first = g.new((length,), "int64", "row numbers", "workspace")
+    smallest = g.new((), "int64", "smallest position", "workspace")
+    expected = g.new((length,), "int64", "positions of one document", "workspace")
+    del first, smallest
+    if rows == 1:
+        difference = g.new((rows, length), "int64", "difference of positions", "workspace")
+        distance = g.new((rows, length), "int64", "distance of positions", "workspace")
+        del difference
+        total = g.new((), "int64", "distance of all positions", "workspace")
+        del distance
+        g.new((), "bool", "whether documents are packed", "workspace")
+        del total
+    del expected
 
 
 def package_dtype(g: Graph, query: Tensor) -> str:

@@ -112,11 +112,33 @@ class Behaviour:
     The angles of the rotary tables are a batched product of frequencies and positions, which takes cuBLAS's workspace:
     transformers before 5.19 (modeling_llama.py, LlamaRotaryEmbedding.forward); since then they are multiplied.
     """
+    checks_all_rows: bool = False
+    """
+    Before each call of the flash-attn package the positions are looked at for packed documents also where the batch has
+    several rows, which cannot hold them that way: transformers before 5.20 (modeling_flash_attention_utils.py,
+    _is_packed_sequence).
+    """
+    expert_masks: str = "none"
+    """
+    Which rows of experts are masked where none are on other ranks: transformers 5.17 masks the inputs and the outputs
+    of both products ("products"), 5.13 to 5.16 the inputs of the first one and the weighted sum ("sum"); since 5.18
+    "none" are (integrations/moe.py, grouped_mm_experts_forward).
+    """
+    expert_deltas: bool = False
+    """
+    Adapters of experts are multiplied out, and the result is added to the weights: peft before 0.21; since then one
+    product does both (tuners/lora/layer.py, ParamWrapper).
+    """
     trainer_scalars: bool = False
     """
     The scalars of transformers' Trainer: its running loss, the tokens of a step, by which the model divides its loss,
     accelerate's division by the accumulation steps, and the norm of the gradients, kept for its log (trainer.py).
     Written as transformers 5 has them, without DeepSpeed, which has its own backward pass and step.
+    """
+    divides_tokens: bool = True
+    """
+    The Trainer divides the tokens of a step by how many devices have the same batch, even by one: transformers since
+    5.19 (trainer.py, _get_num_items_in_batch).
     """
     compute_capability: tuple[int, int] = AMPERE
     """Of the card, which decides what sdpa's kernels take; that of an A100 where none is known."""
@@ -221,6 +243,7 @@ class Behaviour:
         `family` is the model's `model_type`; `kernels` are of KERNELS; `padded`: batches hold padding.
         """
         transformers = _version(versions.get("transformers", "5"))
+        peft = _version(versions["peft"]) if "peft" in versions else None
         old_trainer = transformers < (5,)
         flags: dict[str, Any] = dict.fromkeys(kernels, True)
         adapters = job.method in ("lora", "qlora")
@@ -250,6 +273,10 @@ class Behaviour:
             checkpoints_forward=transformers >= (5, 23),
             remap_positions=transformers >= (5, 23),
             rotary_product=transformers < (5, 19),
+            checks_all_rows=(5,) < transformers < (5, 20),
+            expert_masks=_expert_masks(transformers),
+            expert_deltas=peft is not None and peft < (0, 21),
+            divides_tokens=transformers >= (5, 19),
             casts_embedding_back=(
                 "trl" in versions and job.quantization.kbit_preparation and job.autocast == "bfloat16"
             ),
@@ -258,6 +285,13 @@ class Behaviour:
             liger_before_0_5=transformers < (4, 49),
             **flags,
         )
+
+
+def _expert_masks(transformers: tuple[int, ...]) -> str:
+    """As `Behaviour.expert_masks`; versions before 5.13 are not planned for."""
+    if (5, 17) <= transformers < (5, 18):
+        return "products"
+    return "sum" if (5, 13) <= transformers < (5, 17) else "none"
 
 
 def compute_capability(gpu: str | None) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from memplan.tape import scratch
 from memplan.tape.graph import Graph
+from memplan.tape.linear import autocast_to
 from memplan.tape.ops import alias, cast
 from memplan.tape.products import product_backward
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Shape, Tensor
@@ -170,13 +171,27 @@ def grouped_product(g: Graph, x: Tensor, weight: Tensor, offsets: Tensor) -> Ten
     return out
 
 
+def masked_rows(g: Graph, x: Tensor, mask: Tensor, *, in_place: bool) -> Tensor:
+    """`x.masked_fill(mask, 0)` of rows (S, n) by a mask (S,), which backward needs."""
+    saved = g.save(mask) if g.needs(x) else None
+    out = alias(x) if in_place else g.new(x.shape, x.dtype, "masked rows")
+    if saved is not None:
+        g.record(out, (x,), saved, _masked_backward)
+    return out
+
+
+def _masked_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
+    return [g.new(gradients[0].shape, gradients[0].dtype, "masked grad")]
+
+
 class Folded:
     """
     A stack whose adapter is folded into it for one pass: peft's ParamWrapper registers a parametrization, whose check
     computes the folded weight once and drops it; the first use computes it again, and it is kept until the pass ends.
     """
 
-    def __init__(self, g: Graph, stack: Stack) -> None:
+    def __init__(self, g: Graph, stack: Stack, *, multiplied_out: bool = False) -> None:
+        """`multiplied_out`: as `Behaviour.expert_deltas`; a 2-D weight's adapter always is."""
         self.g = g
         self.stack = stack
         self.kept: Tensor | None = None
@@ -184,8 +199,10 @@ class Folded:
         adapter = stack.adapter
         if adapter is None:
             return
-        if stack.weight.shape == (adapter.b.shape[0], adapter.a.shape[1]):
-            self.factors = [_delta(g, stack, adapter)]
+        if len(stack.weight.shape) == 2:
+            self.factors = [_delta(g, stack, adapter.b, adapter.a)]
+        elif multiplied_out:
+            self.factors = [_delta(g, stack, *_viewed_factors(g, stack, adapter))]
         else:
             self.factors = list(_factors(g, stack, adapter))
         with g.no_grad():
@@ -227,12 +244,17 @@ class Folded:
         return out
 
 
-def _delta(g: Graph, stack: Stack, adapter: StackAdapter) -> Tensor:
-    """Linear.get_delta_weight: (B @ A) * scaling, of a 2-D weight."""
-    product = g.new(stack.weight.shape, adapter.a.dtype, "product of factors")
-    if g.needs(adapter.a, adapter.b):
-        shapes = (adapter.b.shape, adapter.a.shape)
-        g.record(product, (adapter.b, adapter.a), [adapter.b, adapter.a], product_backward, shapes)
+def _delta(g: Graph, stack: Stack, left: Tensor, right: Tensor) -> Tensor:
+    """get_delta_weight: (B @ A) * scaling of a 2-D weight, or by an einsum of a batch of them. Autocast sees both."""
+    right = autocast_to(g, right)
+    left = autocast_to(g, left)
+    saved = g.save(right, left) if g.needs(left, right) else None
+    product = g.new(stack.weight.shape, right.dtype, "product of factors")
+    if len(left.shape) == 3:
+        _copy_for_product(g, left)
+    if saved is not None:
+        g.record(product, (left, right), saved, _delta_backward, None)
+    del left, right
     scaled = g.new(product.shape, product.dtype, "scaled product of factors")
     if g.needs(product):
         g.record(scaled, (product,), [], _scaled_backward)
@@ -240,13 +262,32 @@ def _delta(g: Graph, stack: Stack, adapter: StackAdapter) -> Tensor:
     return cast(g, scaled, stack.weight.dtype)
 
 
+def _delta_backward(
+    g: Graph, node: Node, gradients: dict[int, Tensor], saved: list[Tensor | None]
+) -> Gradients:
+    """The gradient of the right factor first."""
+    gradient = gradients[0]
+    right, left = saved
+    assert left is not None and right is not None
+    grad_right = g.new(right.shape, gradient.dtype, "grad of right factor")
+    if len(left.shape) == 3:
+        _copy_for_product(g, left)
+    return [g.new(left.shape, gradient.dtype, "grad of left factor"), grad_right]
+
+
 def _factors(g: Graph, stack: Stack, adapter: StackAdapter) -> tuple[Tensor, Tensor]:
-    """ParamWrapper.get_delta_factors: B as (E, out, r) and A as (E, r, in), in the dtype of the weight."""
+    """ParamWrapper.get_delta_factors: those of `_viewed_factors`, in the dtype of the weight."""
+    left, right = _viewed_factors(g, stack, adapter)
+    return cast(g, left, stack.weight.dtype), cast(g, right, stack.weight.dtype)
+
+
+def _viewed_factors(g: Graph, stack: Stack, adapter: StackAdapter) -> tuple[Tensor, Tensor]:
+    """B as (E, out, r) and A as (E, r, in)."""
     num_experts, out_features, in_features = stack.weight.shape
     rank = adapter.a.shape[0] // num_experts
     right = _viewed(g, adapter.a, (num_experts, rank, in_features), copied=False)
     left = _viewed(g, adapter.b, (num_experts, out_features, rank), copied=True)
-    return cast(g, left, stack.weight.dtype), cast(g, right, stack.weight.dtype)
+    return left, right
 
 
 def _viewed(g: Graph, parameter: Parameter, shape: Shape, *, copied: bool) -> Tensor:

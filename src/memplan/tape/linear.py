@@ -17,6 +17,12 @@ from memplan.tape.ops import add, cast, dropout, scale
 from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
 from memplan.tape.token_rows import TokenRows, merged
 
+FUNCTIONS_OWN_GRADIENTS = (2, 13)
+"""
+Since this torch a function of Python's has its gradients to itself, and they go when it returns; before, the engine had
+them too, until what the function returned was validated (torch/csrc/autograd/python_function.cpp, PyNode::apply).
+"""
+
 
 class Adapter(NamedTuple):
     """LoRA beside a linear layer: A (r, in), B (out, r)."""
@@ -203,7 +209,8 @@ def _matmul_4bit_backward(
     g.claim_workspace()
     out = g.new(shape, dtype, "grad of input")
     del weight
-    gradients.clear()  # a function of Python's has its gradients to itself, and they go when it returns
+    if g.target.torch >= FUNCTIONS_OWN_GRADIENTS:
+        gradients.clear()
     return [out]
 
 

@@ -210,7 +210,9 @@ class Loop:
             del counted
             total = g.new((), "int64", "targets so far", "inputs")
             del tokens
-        return None if total is None else g.new((), "float32", "targets of a step", "inputs")
+        if total is None or not self.behaviour.divides_tokens:
+            return total
+        return g.new((), "float32", "targets of a step", "inputs")
 
     def new_batch(self, length: int) -> tuple[Tensor, ...]:
         """Ids and labels on the device, and positions where rows are packed."""

@@ -24,7 +24,7 @@ from memplan.tape.experts import Stack, StackAdapter
 from memplan.tape.fsdp1 import cut_flat
 from memplan.tape.graph import Graph
 from memplan.tape.linear import Adapter, Linear
-from memplan.tape.packing import make_map, pack, packed_bytes, packs, packs_module
+from memplan.tape.packing import make_map, pack, packed_bytes, packed_form, packs, packs_module
 from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
 from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape
 from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
@@ -172,13 +172,16 @@ class Builder:
     def packed_shard(self, name: str, shape: tuple[int, ...], layer: int | None) -> None:
         """This rank's part of a packed weight, which has its memory before it is filled."""
         self.packed_shapes.setdefault(shape, layer)
-        part = Part(name, (packed_bytes(prod(shape)),), "uint8", "uint8")
+        length, dtype = packed_bytes(prod(shape)), "uint8"
+        if not self.flat:
+            length, dtype = packed_form(self.job, prod(shape), self.behaviour.torch)
+        part = Part(name, (length,), dtype, dtype)
         self.contents.parts.setdefault(layer, []).append(part)
         if self.flat:
             self.to_wrap.append(ToWrap(layer, part))
         elif not self.layout.params_on_host and not self.cuts_late:
             local = shard_shape(part.shape, self.layout.parameters)
-            self.g.persistent.append(self.g.new(local, "uint8", f"{name} packed weight", "weights"))
+            self.g.persistent.append(self.g.new(local, dtype, f"{name} packed weight", "weights"))
 
     def cut_late(self) -> None:
         """Cut what is whole; the constants of packed weights stay."""

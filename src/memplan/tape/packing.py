@@ -10,7 +10,7 @@ from memplan.model.architecture import Architecture
 from memplan.model.families import layout
 from memplan.model.families.layout import Module
 from memplan.tape.graph import Graph
-from memplan.tape.tensors import Shape, Tensor
+from memplan.tape.tensors import ITEMSIZE, Shape, Tensor
 
 DYNAMIC_MAP_BYTES = 256 * 4
 """The 256 values of 8-bit constants, in float32: one table of the process, of which every state keeps a copy."""
@@ -61,6 +61,16 @@ def num_packed(job: Job, architecture: Architecture) -> int:
 def packed_bytes(num_elements: int) -> int:
     """Two elements to a byte."""
     return -(-num_elements // 2)
+
+
+def packed_form(job: Job, num_elements: int, torch: tuple[int, ...]) -> tuple[int, str]:
+    """
+    How many elements of which dtype the packed weight has that FSDP2 shards: bytes, which FSDP leaves alone since torch
+    2.13; before, `memplan train` keeps them in the dtype that FSDP casts parameters to (train/quantize.py,
+    storage_dtype).
+    """
+    dtype = "uint8" if torch >= (2, 13) else job.autocast or job.dtype
+    return -(-num_elements // (2 * ITEMSIZE[dtype])), dtype
 
 
 def make_map(g: Graph, job: Job) -> None:

@@ -311,11 +311,10 @@ def _softmax(input: Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype |
     return torch.softmax(input, dim, dtype=dtype) if dtype is not None else torch.softmax(input, dim)
 
 
-def target_of(behaviour: Behaviour, device: str) -> Target:
-    """What chooses attention's kernel where the torch at hand runs."""
+def at_hand(behaviour: Behaviour) -> Behaviour:
+    """As the torch at hand has it."""
     version = torch.__version__.split("+")[0].split(".")
-    numbers = tuple(int(part) for part in version if part.isdigit())
-    return replace(behaviour, torch=numbers).target(device)
+    return replace(behaviour, torch=tuple(int(part) for part in version if part.isdigit()))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from memplan.tape.tape import FlatTape, Mark, Storage, Tape
 from memplan.tracing.autocast import emulated
 from memplan.tracing.build import META, names_experts
 from memplan.tracing.calibrate import recorder_for
-from memplan.tracing.cuda import like_device, target_of
+from memplan.tracing.cuda import at_hand, like_device
 from memplan.tracing.places import Place, places_of
 from memplan.tracing.recorder import Recorder
 from memplan.tracing.reference_code import note_on_reference_code, reference_code
@@ -133,8 +133,10 @@ def trace_run(
     """
     capacity, profile = _capacity(gpu)
     if behaviour is None:
-        behaviour = Behaviour.for_job(Job(model="step", gpu=None if profile is None else profile.name))
-    target = target_of(behaviour, device)
+        behaviour = at_hand(
+            Behaviour.for_job(Job(model="step", gpu=None if profile is None else profile.name))
+        )
+    target = at_hand(behaviour).target(device)
     recorder = recorder_for(behaviour, device)
     phases = StepPhases(recorder)
     streams = current_streams()

@@ -24,7 +24,7 @@ from memplan.tape.tape import Storage, Tape
 from memplan.tracing.autocast import emulated
 from memplan.tracing.build import META, build_meta
 from memplan.tracing.calibrate import recorder_for
-from memplan.tracing.cuda import like_device, target_of
+from memplan.tracing.cuda import at_hand, like_device
 from memplan.tracing.host import HostMemory, HostMover
 from memplan.tracing.load import load
 from memplan.tracing.loops import run_loop
@@ -141,8 +141,8 @@ def _refuse_unshardable(job: Job) -> None:
 
 
 def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, whole: bool) -> Traced:
-    behaviour = Behaviour.for_job(job)
-    target = target_of(behaviour, device)
+    behaviour = at_hand(Behaviour.for_job(job))
+    target = behaviour.target(device)
     on_gpu = device == "cuda"
     recorder = recorder_for(behaviour, device)
     import_module("transformers.utils.logging")  # gives loggers what `reference_code` listens to

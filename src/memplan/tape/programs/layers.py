@@ -26,6 +26,9 @@ from memplan.tape.parts import Block, Model
 from memplan.tape.programs.blocks import Settings, kind_of
 from memplan.tape.tensors import Parameter, Tensor
 
+WITHOUT_POSITIONS = ("gpt_bigcode", "bert")
+"""Families whose blocks are not given the positions, so that attention has none to look at."""
+
 
 def leaf(x: Tensor, settings: Settings) -> Tensor:
     """enable_input_require_grads: the frozen embedding's output becomes a leaf that collects a gradient."""
@@ -116,6 +119,7 @@ def attend(
         causal=not architecture.is_encoder, softcapped=architecture.attn_logit_softcapping is not None,
         padded=behaviour.padding_mask, repeated=behaviour.repeat_key_heads,
         told_of_groups=told_of_groups, weights=weights,
+        positions_seen=architecture.family not in WITHOUT_POSITIONS, all_rows=behaviour.checks_all_rows,
     )  # fmt: skip
     return output, weights
 

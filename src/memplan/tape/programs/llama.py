@@ -27,10 +27,10 @@ from memplan.tape.programs.layers import (
 )
 from memplan.tape.tensors import Tensor
 
-Mlp = Callable[[Graph, Model, Block, Tensor], Tensor]
+Mlp = Callable[[Graph, Model, Block, Tensor, Settings], Tensor]
 
 
-def _gated_mlp(g: Graph, model: Model, block: Block, x: Tensor) -> Tensor:
+def _gated_mlp(g: Graph, model: Model, block: Block, x: Tensor, settings: Settings) -> Tensor:
     return gated_mlp(g, block, x, model.architecture.hidden_act)
 
 
@@ -50,7 +50,7 @@ def _block(
     hidden = add(g, residual, _multiplied(g, model, hidden), "residual stream")
     residual = hidden
     hidden = block_norm(g, block, hidden, "post_attention_layernorm", settings)
-    hidden = mlp(g, model, block, hidden)
+    hidden = mlp(g, model, block, hidden, settings)
     hidden = add(g, residual, _multiplied(g, model, hidden), "residual stream")
     return hidden
 

@@ -8,6 +8,7 @@ from memplan.tape.experts import (
     gather_rows,
     grouped_product,
     halves,
+    masked_rows,
     normalized,
     sorted_by_expert,
     sum_of_choices,
@@ -30,24 +31,27 @@ def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Tensor:
 
 
 @called("mlp")
-def _sparse_mlp(g: Graph, model: Model, block: Block, x: Tensor) -> Tensor:
+def _sparse_mlp(g: Graph, model: Model, block: Block, x: Tensor, settings: Settings) -> Tensor:
     """MixtralSparseMoeBlock and Qwen3MoeSparseMoeBlock."""
     batch, length, width = x.shape
+    behaviour = settings.behaviour
     with g.module("mlp"):
         flat = reshape(g, x, (batch * length, width))
         logits, weights, chosen = _router(g, model, block.stacks["mlp.gate"], flat)
         down, gate_up = (
-            Folded(g, block.stacks[f"mlp.experts.{name}"]) for name in ("down_proj", "gate_up_proj")
+            Folded(g, block.stacks[f"mlp.experts.{name}"], multiplied_out=behaviour.expert_deltas)
+            for name in ("down_proj", "gate_up_proj")
         )
+        masks = behaviour.expert_masks
         if g.hooks is None:
-            out = _experts(g, model, gate_up, down, flat, chosen, weights)
+            out = _experts(g, model, gate_up, down, flat, chosen, weights, masks)
         else:
             key = ("experts", gate_up.stack.weight)
             out = g.hooks.run(
                 key,
                 [*gate_up.stack.parameters, *down.stack.parameters],
                 (flat, weights),
-                lambda x, scores: _experts(g, model, gate_up, down, x, chosen, scores),
+                lambda x, scores: _experts(g, model, gate_up, down, x, chosen, scores, masks),
             )
         gate_up.drop_factors()
         gate_up.drop_weight()
@@ -63,7 +67,8 @@ def _router(g: Graph, model: Model, stack: Stack, flat: Tensor) -> tuple[Tensor,
     with g.module("gate"):
         folded = Folded(g, stack)
         logits = linear_module(g, flat, folded.weight(), None, architecture.num_experts)
-        probabilities = softmax(g, logits, "float32")
+        # Mixtral casts to float32 itself, Qwen3 leaves it to softmax.
+        probabilities = softmax(g, cast(g, logits, "float32") if mixtral else logits, "float32")
         weights, chosen = top_k(g, probabilities, architecture.experts_per_token)
         if mixtral or architecture.normalized_routing:
             weights = normalized(g, weights)
@@ -73,9 +78,16 @@ def _router(g: Graph, model: Model, stack: Stack, flat: Tensor) -> tuple[Tensor,
 
 
 def _experts(
-    g: Graph, model: Model, gate_up: Folded, down: Folded, x: Tensor, chosen: Tensor, weights: Tensor
+    g: Graph,
+    model: Model,
+    gate_up: Folded,
+    down: Folded,
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    masks: str,
 ) -> Tensor:
-    """grouped_mm_experts_forward of transformers' integrations/moe.py."""
+    """grouped_mm_experts_forward of transformers' integrations/moe.py; `masks` as `Behaviour.expert_masks`."""
     num_tokens = x.shape[0]
     num_rows = num_tokens * model.architecture.experts_per_token
     with g.module("experts"):
@@ -86,12 +98,23 @@ def _experts(
         counted = g.new((num_rows,), "float32" if g.device == "cpu" else "int32", "expert ids to count")
         counts = g.new((model.architecture.num_experts,), counted.dtype, "tokens per expert")
         offsets = g.new(counts.shape, "int32", "ends of groups")
-        out = grouped_product(g, rows, gate_up.weight(), offsets)
+        mask = None if masks == "none" else g.new((num_rows, 1), "bool", "rows of other ranks")
+        weight = gate_up.weight()
+        if mask is not None:
+            rows = masked_rows(g, rows, mask, in_place=True)
+        out = grouped_product(g, rows, weight, offsets)
+        del weight
+        if mask is not None and masks == "products":
+            out = masked_rows(g, out, mask, in_place=False)
         out = _gated(g, model, out)
         out = grouped_product(g, out, down.weight(), offsets)
+        if mask is not None and masks == "products":
+            out = masked_rows(g, out, mask, in_place=False)
         weighted = mul(g, out, reshape(g, sorted_weights, (num_rows, 1)), "weighted output of experts")
         inverse = g.new((num_rows,), "int64", "inverse permutation")
         g.scratch(num_rows * 8, name="row numbers")
+        if mask is not None and masks == "sum":
+            weighted = masked_rows(g, weighted, mask, in_place=True)
         weighted = gather_rows(g, weighted, inverse, "output of experts by token")
         final = sum_of_choices(g, weighted, num_tokens)
         return cast(g, final, x.dtype)
