@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from memplan.job.spec import Job, Parallel, Quantization
@@ -93,6 +95,33 @@ def test_fsdp1_is_that_of_sharded_jobs_before_5():
         behaviour("4.48.1", sharded).fsdp1,
         behaviour("5.8", sharded).fsdp1,
     ]
+
+
+@pytest.mark.parametrize(
+    ("version", "masks", "all_rows", "divides"),
+    [
+        ("4.57.1", "none", False, False),
+        ("5.13.0", "sum", True, False),
+        ("5.16.1", "sum", True, False),
+        ("5.17.0", "products", True, False),
+        ("5.18.0", "none", True, False),
+        ("5.19.0", "none", True, True),
+        ("5.20.0", "none", False, True),
+    ],
+)
+def test_experts_positions_and_tokens_of_a_version(version: str, masks: str, all_rows: bool, divides: bool):
+    """Rows of experts are masked, positions of several rows looked at, and a step's tokens divided."""
+    found = behaviour(version)
+
+    assert (masks, all_rows, divides) == (found.expert_masks, found.checks_all_rows, found.divides_tokens)
+
+
+def test_versions_that_are_not_named_are_those_at_hand():
+    """Of a source that names none the plan is that of `memplan estimate`; slices matter with an older torch only."""
+    job = TRAINER.replace(activation_checkpointing="none")
+    named = Behaviour.for_software(job, {}, family="llama")
+
+    assert Behaviour.for_job(job) == replace(named, slices_hidden=False)
 
 
 def test_kernels_and_padding_are_taken_as_given():

@@ -58,6 +58,37 @@ def test_rotary_tables_take_the_workspace_where_they_are_a_product(
     assert place.startswith("model.rotary_emb" if by_product else "model.layers.0"), place
 
 
+@pytest.mark.parametrize(
+    ("versions", "masked", "products"),
+    [
+        ({"peft": "0.20.0"}, 0, 2),
+        ({"peft": "0.21.0"}, 0, 0),
+        ({"transformers": "5.16.1"}, 2, 0),
+        ({"transformers": "5.17.0"}, 3, 0),
+        ({"transformers": "5.18.0"}, 0, 0),
+    ],
+)
+def test_experts_run_as_their_version_runs_them(versions: dict[str, str], masked: int, products: int) -> None:
+    """
+    Of each block and step: a gradient for each time that rows are masked, and a product of the adapter's factors for
+    each of the two stacks.
+    """
+    question = job(method="lora")
+    architecture = architecture_from_config(CONFIGS["mixtral"], name="tiny", source="test")
+    behaviour = Behaviour.for_software(question, versions, family="mixtral")
+
+    written = write_tape(question, architecture, behaviour=behaviour)
+
+    allocated = [written.describe(event) for event in written.flatten().events if event > 0]
+    blocks, steps = CONFIGS["mixtral"]["num_hidden_layers"], 2
+    names = [storage.where for storage in allocated]
+    assert masked * blocks * steps == sum(name.endswith(" masked grad") for name in names)
+    assert products * blocks * steps == sum(
+        storage.where.endswith(" scaled product of factors") and len(storage.shape or ()) == 3
+        for storage in allocated
+    )
+
+
 def test_products_with_a_bias_have_a_workspace_of_their_own_where_cublaslt_keeps_one() -> None:
     """One for each thread, at its first such product; backward's products have no bias."""
     recorder = Recorder(workspace_bytes=1000, bias_workspace_bytes=100)

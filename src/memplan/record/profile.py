@@ -61,7 +61,7 @@ class Profile:
 
     def __init__(self) -> None:
         self._profiler: Any = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
         )
         self._profiler.__enter__()
 

@@ -15,6 +15,9 @@ CUBLAS_WORKSPACE_BYTES = 8_519_680
 CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
 CUBLASLT_WORKSPACE_BYTES = 1 << 20
 
+TRANSFORMERS = "5.23.0"
+"""The version that the programs follow."""
+
 KERNELS = ("triton_loss", "triton_norm", "triton_rotary", "fused_lora")
 """Replacements of transformers' operations: fields of `Behaviour`."""
 
@@ -242,7 +245,7 @@ class Behaviour:
 
         `family` is the model's `model_type`; `kernels` are of KERNELS; `padded`: batches hold padding.
         """
-        transformers = _version(versions.get("transformers", "5"))
+        transformers = _version(versions.get("transformers", TRANSFORMERS))
         peft = _version(versions["peft"]) if "peft" in versions else None
         old_trainer = transformers < (5,)
         flags: dict[str, Any] = dict.fromkeys(kernels, True)

@@ -127,7 +127,7 @@ class CpuMeter:
         self._num_steps = 0
         self._peaks: list[PhasePeak] | None = None
         self._profiler: Any = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
         )
         self._stack = ExitStack()
         self._stack.enter_context(settled_collectives())
