@@ -27,6 +27,15 @@ def installed_transformers() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def traces_every_block(family: str, job: Job) -> bool:
+    """
+    Whether blocks are unlike each other: the thread that runs backward takes cuBLASLt's workspace in the first block
+    that is recomputed, which has products with a bias; only torch before 2.12 keeps one (CublasHandlePool.cpp).
+    """
+    recomputes = job.activation_checkpointing != "none"
+    return family == "gpt2" and recomputes and installed_behaviour(job).cublaslt_workspace_bytes > 0
+
+
 def installed_behaviour(job: Job) -> Behaviour:
     """What the shape writer plans for by itself are the newest versions."""
     versions = {package: version(package) for package in ("torch", "transformers", "peft")}
