@@ -76,6 +76,8 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"method": "qlora", "dtype": "float32", "autocast": "bfloat16"}),
     ("qwen2", {"method": "qlora", "quantization__kbit_preparation": True, CKPT: "full"}),
     ("qwen2", {"method": "npt", "npt__rank": 4, "npt__quantized_base": True}),
+    ("gpt2", {"attention": "eager", "packing": True, "method": "lora", CKPT: "selective"}),
+    ("gpt2", {"attention": "eager", "packing": True, "dtype": "float32", "autocast": "bfloat16"}),
     ("gpt2", {"method": "qlora", LOSS: 2}),
     ("gpt2", {"method": "qlora", "loop": "script", "quantization__kbit_preparation": True, CKPT: "full"}),
     (

@@ -8,8 +8,7 @@ for are built (repeat.py), each under its own index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from math import prod
 
 from memplan.job.spec import Job
@@ -19,16 +18,25 @@ from memplan.model.families.layout import Module
 from memplan.npt.layers import check_target, modulator_shapes
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.checkpoint_size import checkpoint_bytes
+from memplan.tape.cut_late import Uncut
 from memplan.tape.ddp import Buckets
 from memplan.tape.experts import Stack, StackAdapter
 from memplan.tape.fsdp1 import cut_flat
 from memplan.tape.graph import Graph
 from memplan.tape.linear import Adapter, Linear
-from memplan.tape.packing import make_map, pack, packed_bytes, packed_form, packs, packs_module
+from memplan.tape.packing import (
+    make_map,
+    pack,
+    packed_bytes,
+    packed_form,
+    packs,
+    packs_module,
+    prepare_kbit,
+)  # fmt: skip
 from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
 from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape
 from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
-from memplan.tape.tensors import ITEMSIZE, Parameter, Shape, Storage, Tensor
+from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
 from memplan.tape.token_rows import TokenRows
 from memplan.tape.wrapping import ToWrap, upcast_shards, wrap_units
 from memplan.tape.zero_groups import zero_stage
@@ -59,12 +67,7 @@ class Builder:
         # Ranks that every tensor is cut over by itself: stage 3 of ZeRO; 0 for none.
         self.partition_degree = job.parallel.dp_shard if zero_stage(job) == 3 else 0
         self.is_prepared = job.method == "qlora" and job.quantization.kbit_preparation
-        self.cuts_late = self.layout.gathers and job.parallel.strategy == "ZERO_3"
-        """
-        Stage 3 of ZeRO with a 4-bit base: every rank loads all of the model, since transformers makes no quantised one
-        under zero.Init (modeling_utils.py, get_init_context), and the engine then cuts it, one tensor after the other
-        (deepspeed/runtime/zero/parameter_offload.py, _convert_to_zero_parameters).
-        """
+        self.cuts_late = self.layout.gathers and job.parallel.strategy == "ZERO_3"  # tape/cut_late.py
         self.cuts = self.layout.gathers and not self.flat and not self.cuts_late
         """FSDP2: tensors have memory for a part of them before they are filled."""
         self.base_dtype = "float32" if self.is_prepared and (self.cuts or self.cuts_late) else job.dtype
@@ -72,8 +75,8 @@ class Builder:
         self.parameters: list[Parameter] = []
         self.to_pack: list[tuple[int | None, str, Linear]] = []
         """4-bit layers that have shards, and are to be packed: block, name, and the layer."""
-        self.uncut: list[tuple[int | None, Callable[[], None]]] = []
-        """With `cuts_late`, what cuts the tensors that are whole: block, and a function."""
+        self.uncut = Uncut(g, self.layout)
+        """What is whole, with `cuts_late`."""
         self.packed_shapes: dict[tuple[int, ...], int | None] = {}
         """Of sharded 4-bit layers, (out, in) and the block of the first one."""
         self.whole: dict[str, list[int]] = {}
@@ -114,7 +117,7 @@ class Builder:
         del made
         parameter = Parameter(name, shape, stored, storage, layer, trains)
         if late:
-            self.uncut.append((layer, partial(self._cut, parameter, local, stored, category)))
+            self.uncut.add(parameter, local, category)
         if self.layout.gathers and not whole:
             parameter.dtype = self.job.autocast or (stored if self.behaviour.fsdp1 else self.job.dtype)
             self.contents.parts.setdefault(layer, []).append(Part(name, shape, stored, parameter.dtype))
@@ -135,11 +138,8 @@ class Builder:
     def linear(self, spec: LinearSpec, layer: int | None, prefix: str) -> Linear:
         job = self.job
         name = f"{prefix}.{spec.path}" if prefix else spec.path
-        shape = (
-            (spec.in_features, spec.out_features)
-            if spec.transposed
-            else (spec.out_features, spec.in_features)
-        )
+        shape = (spec.out_features, spec.in_features)
+        shape = shape[::-1] if spec.transposed else shape
         quantized = packs(job, spec.path)
         linear = Linear(
             name=spec.path,
@@ -155,7 +155,7 @@ class Builder:
         if quantized and self.layout.gathers:
             self.packed_shard(name, shape, layer)
         if quantized and self.cuts_late:
-            self.uncut.append((layer, partial(self._cut_packed, linear)))
+            self.uncut.add_packed(layer, linear)
         if quantized and self.cuts:
             self.to_pack.append((layer, name, linear))
         elif quantized:
@@ -182,28 +182,6 @@ class Builder:
         elif not self.layout.params_on_host and not self.cuts_late:
             local = shard_shape(part.shape, self.layout.parameters)
             self.g.persistent.append(self.g.new(local, dtype, f"{name} packed weight", "weights"))
-
-    def cut_late(self) -> None:
-        """Cut what is whole; the constants of packed weights stay."""
-        self.g.begin(f"load_cut {len(self.parameters)}")
-        for layer, cut in self.uncut:
-            self.g.enter(layer)
-            cut()
-        self.g.enter(None)
-        self.uncut.clear()
-
-    def _cut(self, parameter: Parameter, shape: Shape, dtype: str, category: str) -> None:
-        if self.layout.params_on_host:
-            parameter.storage = Storage([], 0)
-        else:
-            parameter.storage = self.g.new(shape, dtype, parameter.name, category).storage
-
-    def _cut_packed(self, linear: Linear) -> None:
-        count = packed_bytes(linear.in_features * linear.out_features)
-        if not self.layout.params_on_host:
-            shape = shard_shape((count,), self.layout.parameters)
-            self.g.persistent.append(self.g.new(shape, "uint8", f"{linear.name} packed weight", "weights"))
-        del linear.held[0]
 
     def fill_packed_shards(self) -> None:
         """
@@ -260,11 +238,12 @@ class Builder:
             make_map(g, job)
             self.fill_packed_shards()
         elif self.cuts_late:
-            self.cut_late()
+            self.uncut.cut("load_cut")
             self.attach_adapters(model)
-            self.cut_late()
+            self.uncut.cut("load_cut adapters")
         else:
-            self.prepare_kbit()
+            if self.is_prepared:
+                prepare_kbit(g, self.base, casts_back=self.behaviour.casts_embedding_back)
             self.attach_adapters(model)
         fill_shards(g, self.whole)
         self.attach_npt(model, npt_layers)
@@ -317,25 +296,6 @@ class Builder:
         if self.layout.replicas > 1 and not (self.layout.gathers or self.flat or self.job.method == "npt"):
             num_layers = self.architecture.num_hidden_layers
             model.buckets = Buckets(self.g, model.trainable, self.layers, num_layers)
-
-    def prepare_kbit(self) -> None:
-        """peft's prepare_model_for_kbit_training: every parameter that is not packed becomes float32, one by one."""
-        if not self.is_prepared:
-            return
-        g = self.g
-        g.begin("kbit")
-        for parameter in self.base:
-            self._recast(parameter, "float32")
-        for parameter in self.base:
-            if self.behaviour.casts_embedding_back and parameter.layer is None and len(parameter.shape) > 1:
-                self._recast(parameter, "bfloat16")
-
-    def _recast(self, parameter: Parameter, dtype: str) -> None:
-        """`parameter.data = parameter.data.to(dtype)`"""
-        if parameter.dtype != dtype:
-            self.g.enter(parameter.layer)
-            parameter.storage = self.g.new(parameter.shape, dtype, parameter.name, "weights").storage
-            parameter.dtype = dtype
 
     def keep_rows(self, weight: Parameter | None) -> None:
         """peft's copy of the rows that train, as they are before; it is cast where adapters are."""

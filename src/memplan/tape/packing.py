@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from memplan.errors import JobError
@@ -10,7 +11,7 @@ from memplan.model.architecture import Architecture
 from memplan.model.families import layout
 from memplan.model.families.layout import Module
 from memplan.tape.graph import Graph
-from memplan.tape.tensors import ITEMSIZE, Shape, Tensor
+from memplan.tape.tensors import ITEMSIZE, Parameter, Shape, Tensor
 
 DYNAMIC_MAP_BYTES = 256 * 4
 """The 256 values of 8-bit constants, in float32: one table of the process, of which every state keeps a copy."""
@@ -142,3 +143,25 @@ def cpu_packing_scratch(num_elements: int, dtype: str, quantization_type: str) -
         # Its codes are not in order: indices are looked up, as int64, in a table.
         return [constants, float_copy, scaled, index, n * 8, n * 8]
     return [constants, float_copy, scaled, index, n, packed_bytes(n), packed_bytes(n)]
+
+
+def prepare_kbit(g: Graph, base: Sequence[Parameter], *, casts_back: bool) -> None:
+    """
+    peft's prepare_model_for_kbit_training: every parameter that is not packed becomes float32, one by one.
+
+    `casts_back`: embedding and head then become bfloat16 (Behaviour.casts_embedding_back).
+    """
+    g.begin("kbit")
+    for parameter in base:
+        _recast(g, parameter, "float32")
+    for parameter in base:
+        if casts_back and parameter.layer is None and len(parameter.shape) > 1:
+            _recast(g, parameter, "bfloat16")
+
+
+def _recast(g: Graph, parameter: Parameter, dtype: str) -> None:
+    """`parameter.data = parameter.data.to(dtype)`"""
+    if parameter.dtype != dtype:
+        g.enter(parameter.layer)
+        parameter.storage = g.new(parameter.shape, dtype, parameter.name, "weights").storage
+        parameter.dtype = dtype
