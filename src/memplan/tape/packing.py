@@ -70,7 +70,8 @@ def packed_form(job: Job, num_elements: int, torch: tuple[int, ...]) -> tuple[in
     2.13; before, `memplan train` keeps them in the dtype that FSDP casts parameters to (train/quantize.py,
     storage_dtype).
     """
-    dtype = "uint8" if torch >= (2, 13) else job.autocast or job.dtype
+    is_bytes = torch >= (2, 13) or job.loop != "memplan"
+    dtype = "uint8" if is_bytes else job.autocast or job.dtype
     return -(-num_elements // (2 * ITEMSIZE[dtype])), dtype
 
 
