@@ -18,7 +18,8 @@ import memplan
 from memplan.errors import TraceError
 from memplan.tracing.writer import trace_job
 from tracing import trainer_ranks
-from tracing.tiny import job
+from tracing.comparison import compare
+from tracing.tiny import CONFIGS, job
 from tracing.trainer_ranks import CASES, CONFIG, WORLD_SIZE, task_of
 
 FOLDERS = (Path(memplan.__file__).parent.parent, Path(trainer_ranks.__file__).parent.parent)
@@ -100,3 +101,37 @@ def test_what_is_not_followed_is_refused() -> None:
         trace_job(replace(task, offload=replace(task.offload, params=True)), CONFIG)
     with pytest.raises(TraceError, match="several GPUs are not traced with `loop: script`"):
         trace_job(task.replace(loop="script"), CONFIG)
+
+
+DDP = {"parallel__dp_replicate": 2}
+SHARD_GRAD_OP = {"parallel__strategy": "SHARD_GRAD_OP", "parallel__dp_shard": 3}
+HYBRID_SHARD = {"parallel__strategy": "HYBRID_SHARD", "parallel__dp_shard": 4, "parallel__dp_replicate": 2}
+MIXED = {"dtype": "float32", "autocast": "bfloat16"}
+CHECKPOINTED = {"activation_checkpointing": "full"}
+ACCUMULATED = {"gradient_accumulation_steps": 2}
+LORA, QLORA = {"method": "lora"}, {"method": "qlora"}
+
+PLANNED: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2, tied", DDP | MIXED | ACCUMULATED),
+    ("llama", DDP | LORA | CHECKPOINTED),
+    ("gpt2", DDP | MIXED | CHECKPOINTED),
+    ("llama", FULL_SHARD | MIXED | CHECKPOINTED),
+    ("qwen2, tied", FULL_SHARD | ACCUMULATED),
+    ("gpt2", FULL_SHARD | MIXED),
+    ("llama", FULL_SHARD | LORA | MIXED | ACCUMULATED),
+    ("qwen2, tied", FULL_SHARD | QLORA | {"autocast": "bfloat16"} | CHECKPOINTED),
+    ("llama", FULL_SHARD | QLORA | {"quantization__kbit_preparation": True, "train__max_grad_norm": 1.0}),
+    ("mistral", SHARD_GRAD_OP | LORA | CHECKPOINTED | {"lora__target_modules": "[q_proj,v_proj]"}),
+    ("gemma2", SHARD_GRAD_OP | {"attention": "eager"}),
+    ("llama", HYBRID_SHARD | MIXED | ACCUMULATED),
+    ("phi3", HYBRID_SHARD | LORA),
+    ("gpt_neox", FULL_SHARD | MIXED | {"optimizer_kernel": "foreach"}),
+]
+
+
+@pytest.mark.parametrize(("model", "fields"), PLANNED, ids=str)
+def test_the_plan_peaks_where_the_trace_does(model: str, fields: dict[str, Any]) -> None:
+    """Up to scalars, which the allocator rounds up to 512 bytes each."""
+    both = compare(job(loop="hf_trainer", **fields), CONFIGS[model])
+    shape, trace = both.peaks()
+    assert abs(shape - trace) <= 8 * 512

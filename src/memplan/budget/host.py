@@ -12,7 +12,7 @@ from memplan.model.tensors import num_parameters, parameters
 from memplan.tape.optimizer import SMALL_PAGED_ELEMENTS
 from memplan.tape.packing import num_packed, packed_bytes
 from memplan.tape.shape import checkpointed_layers
-from memplan.tape.sharding import layout
+from memplan.tape.sharding import SHARDED, layout
 from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
 
 
@@ -66,6 +66,12 @@ def _loading(job: Job, sizes: HostSizes) -> tuple[int, str]:
         return (
             sizes.base * itemsize * job.world_size,
             "the whole model, once per rank, as DeepSpeed is given it",
+        )
+    if job.loop == "hf_trainer" and job.parallel.strategy in SHARDED and not job.has_4bit_base:
+        is_upcast = job.method == "full" and job.autocast is not None  # tape/behaviour.py, accelerate_fsdp2
+        return (
+            sizes.base * (DTYPE_BYTES["float32"] if is_upcast else itemsize) * job.world_size,
+            "the whole model, once per rank, as accelerate is given it",
         )
     if job.weights == "random":
         return 0, ""

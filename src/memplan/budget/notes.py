@@ -9,7 +9,7 @@ from memplan.job.spec import DTYPE_BYTES, Job
 from memplan.model.architecture import Architecture
 from memplan.model.families import layout
 from memplan.tape.backends import Target
-from memplan.tape.behaviour import compute_capability
+from memplan.tape.behaviour import Behaviour, compute_capability
 from memplan.tape.targets import targets_stack, unused_names
 from memplan.tape.vocabulary import num_embeddings
 from memplan.tape.zero_groups import (
@@ -47,6 +47,24 @@ def zero_notes(job: Job, architecture: Architecture) -> tuple[str, ...]:
         f"`reduce_bucket_size: auto`, which transformers makes {elements:,} elements, and DeepSpeed's defaults of "
         "everything else, such as `overlap_comm: false`",
     )
+
+
+def accelerate_notes(job: Job, behaviour: Behaviour) -> tuple[str, ...]:
+    """What FSDP2 does otherwise where accelerate sets it up."""
+    if not behaviour.accelerate_fsdp2:
+        return ()
+    notes = []
+    if job.has_4bit_base:
+        notes.append(
+            "accelerate leaves 4-bit weights stored as bytes out of what FSDP2 shards: the packed base is whole on "
+            "every rank; `bnb_4bit_quant_storage: bfloat16` shards it, which `--set loop=memplan` plans"
+        )
+    if job.gradient_accumulation_steps > 1:
+        notes.append(
+            "accelerate reduces gradients after the last micro batch of a step: until then those of all that trains "
+            "are whole on every rank; `gradient_accumulation_steps: 1`, or `loop: memplan`, reduces each"
+        )
+    return tuple(notes)
 
 
 def architecture_notes(job: Job, architecture: Architecture) -> tuple[str, ...]:

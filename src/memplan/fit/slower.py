@@ -157,7 +157,9 @@ def _sharding(job: Job) -> list[Edit]:
         settings = {**fully_sharded, "parallel.strategy": "SHARD_GRAD_OP"}
         summary = f"shard gradients and optimizer states over the {num_gpus} GPUs"
         edits.append(Edit("gradient shard", settings, summary, 1, costs.SHARD_GRADIENTS_SLOWDOWN))
-    summary = f"shard parameters, gradients and optimizer states over the {num_gpus} GPUs"
+    whole_base = job.loop == "hf_trainer" and job.has_4bit_base  # tape/behaviour.py, accelerate_fsdp2
+    what = "all but the 4-bit base" if whole_base else "parameters, gradients and optimizer states"
+    summary = f"shard {what} over the {num_gpus} GPUs"
     return [
         *edits,
         Edit("full shard", fully_sharded, summary, 1, costs.FULL_SHARD_SLOWDOWN),

@@ -8,6 +8,7 @@ from typing import Any
 
 from memplan.job.spec import Job
 from memplan.tape.backends import AMPERE, TORCH, Target
+from memplan.tape.sharding import SHARDED
 from memplan.tape.zero_groups import zero_stage
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680
@@ -66,6 +67,20 @@ class Behaviour:
     """enable_input_require_grads, which peft's and TRL's recipes call for checkpointing."""
     reentrant: bool = False
     """Checkpointing with use_reentrant=True: transformers' default before 5 (modeling_utils.py)."""
+    accelerate_fsdp2: bool = False
+    """
+    FSDP2 as accelerate sets it up (tape/fsdp2_accelerate.py), which transformers' Trainer uses since 5
+    (training_args.py, _process_fsdp_args). Mixed precision is FSDP2's alone, without autocast: parameters are gathered,
+    gradients reduced and outputs given in 16 bits, and what trains is stored in float32 unless a base is in 4 bits
+    (utils/dataclasses.py, set_mixed_precision; utils/fsdp_utils.py, fsdp2_prepare_model). Packed weights are bytes,
+    which are left out of the units: whole on every rank.
+    """
+    clones_output: bool = False
+    """
+    DDP clones what the model returns (torch/nn/parallel/distributed.py, _DDPSink), and lays its buckets out once: the
+    Trainer has it look for unused parameters, unless a model of transformers' own is checkpointed (trainer.py,
+    _build_accelerator_args).
+    """
     fsdp1: bool = False
     """
     FSDP of torch.distributed.fsdp: units are flat (tape/sharding.py), and for a frozen unit it registers a hook on
@@ -206,11 +221,15 @@ class Behaviour:
         trainer, script = job.loop == "hf_trainer", job.loop == "script"
         adapters = job.method in ("lora", "qlora")
         capability = compute_capability(job.gpu) or AMPERE
+        accelerate_fsdp2 = trainer and job.parallel.strategy in SHARDED
+        ddp = trainer and job.world_size > 1 and job.parallel.strategy == "NO_SHARD"
         return Behaviour(
             hold_logits=script,
             hold_hidden=script or trainer,
             use_cache=script and job.activation_checkpointing == "none",
-            float_output=trainer and job.autocast is not None,
+            float_output=trainer and job.autocast is not None and not accelerate_fsdp2,
+            accelerate_fsdp2=accelerate_fsdp2,
+            clones_output=ddp and (adapters or job.activation_checkpointing == "none"),
             prefetch=trainer,
             trainer_scalars=trainer and not zero_stage(job),
             # The Trainer switches checkpointing on as users do, and transformers 5 then makes the output of the
@@ -252,8 +271,13 @@ class Behaviour:
         adapters = job.method in ("lora", "qlora")
         checkpointing = job.activation_checkpointing != "none"
         fsdp1 = job.parallel.strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD") and old_trainer
+        at_hand = Behaviour.for_job(job)
         return replace(
-            Behaviour.for_job(job),
+            at_hand,
+            accelerate_fsdp2=at_hand.accelerate_fsdp2 and not fsdp1,
+            float_output=job.loop == "hf_trainer"
+            and job.autocast is not None
+            and (fsdp1 or at_hand.float_output),
             torch=_version(versions["torch"]) if "torch" in versions else TORCH,
             shift_logits=transformers < (4, 49),
             slices_hidden=transformers >= ((4, 48) if family == "granite" else (4, 45)),

@@ -5,6 +5,9 @@ At first all gradients of one dtype share a bucket. As the second step begins th
 which they have arrived in the first: a bucket of at least 1 MiB, then such of at least 25 MiB
 (torch/nn/parallel/distributed.py, _ddp_init_helper and _pre_forward; torch/csrc/distributed/c10d/reducer.cpp,
 rebuild_buckets and compute_bucket_assignment_by_size).
+
+A DDP that looks for unused parameters has buckets of those sizes from the start, in the order of the parameters, and
+keeps them.
 """
 
 from __future__ import annotations
@@ -28,15 +31,25 @@ class Buckets:
         trainable: of the recorded blocks and of what is outside them.
         layers: the recorded blocks.
         num_layers: how many blocks the whole model has.
+        finds_unused: DDP looks for parameters that a step has not used.
     """
 
     def __init__(
-        self, g: Graph, trainable: Sequence[Parameter], layers: Sequence[int], num_layers: int
+        self,
+        g: Graph,
+        trainable: Sequence[Parameter],
+        layers: Sequence[int],
+        num_layers: int,
+        finds_unused: bool,
     ) -> None:
         self.g = g
         self.num_layers = num_layers
-        self.is_rebuilt = False
+        self.is_rebuilt = finds_unused
         g.begin("buckets")
+        if finds_unused:
+            sizes = bucket_bytes(self._whole(trainable))
+            self.held = [g.storage(size, "gradient bucket", category="comm") for size in reversed(sizes)]
+            return
         self.held = self._allocate(self._whole([*_of(trainable, None), *_inside(trainable, layers)]))
 
     def rebuild(self) -> None:

@@ -40,6 +40,8 @@ class Fsdp2Units:
         self.has_backward = has_backward
         self.is_last = True
         self.casts_inputs = True
+        self.reduce_dtype: str | None = "float32"
+        """Of the buffers that gradients are reduced in; None: their own."""
         self.gathered: dict[int | None, Storage] = {}
         """Buffers that are gathered and not yet copied out of."""
         self.copied_last: Storage | None = None
@@ -204,24 +206,26 @@ class Fsdp2Units:
 
     def _reduce(self, layer: int | None, parameters: list[Parameter]) -> None:
         """
-        foreach_reduce: whole gradients to one float32 buffer, of which each rank gets its part, all of a unit's in one
-        storage. The buffer stays until the next unit's.
+        foreach_reduce: whole gradients to one buffer, of which each rank gets its part, all of a unit's in one storage.
+        The buffer stays until the next unit's.
         """
         g, ranks = self.g, self.layout.gradients
+        dtype = self.reduce_dtype or parameters[0].dtype
+        size = ITEMSIZE[dtype]
         count = sum(prod(shard_shape(parameter.shape, ranks)) for parameter in parameters)
-        self.reducing = g.storage(count * ranks * 4, "reduce-scatter input", category="comm")
+        self.reducing = g.storage(count * ranks * size, "reduce-scatter input", category="comm")
         if g.device == "cpu":
-            g.scratch(*_chunking_scratch(parameters, ranks), name="gradients in equal parts")
+            g.scratch(*_chunking_scratch(parameters, ranks, dtype), name="gradients in equal parts")
         last = (
             parameters[-1].grad if ranks > 1 else None
         )  # a loop's variable, which goes when the function returns
         for parameter in parameters:
             parameter.grad = None
         with g.on_stream(REDUCE_STREAM):
-            reduced = g.new((count,), "float32", "gradients of a unit", "gradients")
+            reduced = g.new((count,), dtype, "gradients of a unit", "gradients")
             if g.device == "cpu" and ranks > 1:
                 # ProcessGroupGloo::_reduce_scatter_base reduces a clone of all of it and takes its part of that.
-                g.scratch(count * ranks * 4, name="gloo's copy of what is reduced")
+                g.scratch(count * ranks * size, name="gloo's copy of what is reduced")
         stream, partial = REDUCE_STREAM, self.unreduced.get(layer)
         if self.layout.replicas > 1:
             stream = ALL_REDUCE_STREAM
@@ -231,7 +235,7 @@ class Fsdp2Units:
             self.unreduced.pop(layer, None)  # goes when this returns
             self.all_reduced[layer] = reduced
         stored = parameters[0].stored_dtype
-        if stored != "float32":
+        if stored != dtype:
             with g.on_stream(stream):
                 reduced = g.new((count,), stored, "gradients of a unit", "gradients")
         if self.layout.params_on_host:
@@ -242,14 +246,14 @@ class Fsdp2Units:
         del last, partial
 
 
-def _chunking_scratch(parameters: list[Parameter], ranks: int) -> list[int]:
+def _chunking_scratch(parameters: list[Parameter], ranks: int, dtype: str) -> list[int]:
     """
     _chunk_cat on the CPU (aten/src/ATen/native/TensorShape.cpp): padded copies of all gradients that cannot be cut into
-    equal parts, and one after the other the parts of those that are not float32, side by side.
+    equal parts, and one after the other the parts of those of another dtype than the buffer, side by side.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     padded = [_padded_bytes(gradient, ranks) for gradient in gradients if gradient.shape[0] % ranks]
-    cast = [_padded_bytes(gradient, ranks) for gradient in gradients if gradient.dtype != "float32"]
+    cast = [_padded_bytes(gradient, ranks) for gradient in gradients if gradient.dtype != dtype]
     return [*padded, max(cast, default=0)]
 
 

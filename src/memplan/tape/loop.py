@@ -13,6 +13,7 @@ from memplan.errors import JobError
 from memplan.job.spec import Job
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import backward
+from memplan.tape.fsdp2_accelerate import head_begins, head_ends
 from memplan.tape.graph import Graph
 from memplan.tape.kernels import liger_loss, triton_cross_entropy
 from memplan.tape.loss import chunked_loss, cross_entropy, full_loss
@@ -290,7 +291,9 @@ class Loop:
                 loss = scale(g, loss, "loss over number of tokens")
             g.leave_autocast()
             return loss
+        head_begins(g, held[0])
         logits = logits_of(g, self.model, whole_slices(g, held[0], 3 if behaviour.slices_hidden else 0))
+        head_ends(g, logits)
         if not behaviour.hold_hidden:
             held.pop()
         if scaled:
@@ -316,6 +319,11 @@ class Loop:
             held.clear()
             g.leave_autocast()  # accelerate's copy comes after the region it has put around `forward`
             logits = cast(g, logits, "float32")
+        if behaviour.clones_output:
+            held.clear()
+            g.leave_autocast()
+            logits = g.new(logits.shape, logits.dtype, "logits that DDP returns")
+            loss = scale(g, loss, "loss that DDP returns")
         if behaviour.hold_logits:
             held.clear()
             leaf = self.settings.input_leaf

@@ -22,16 +22,11 @@ from memplan.tape.cut_late import Uncut
 from memplan.tape.ddp import Buckets
 from memplan.tape.experts import Stack, StackAdapter
 from memplan.tape.fsdp1 import cut_flat
+from memplan.tape.fsdp2_accelerate import shard_of
 from memplan.tape.graph import Graph
 from memplan.tape.linear import Adapter, Linear
 from memplan.tape.packing import (
-    make_map,
-    pack,
-    packed_bytes,
-    packed_form,
-    packs,
-    packs_module,
-    prepare_kbit,
+    make_map, pack, packed_bytes, packed_form, packs, packs_module, prepare_kbit,
 )  # fmt: skip
 from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
 from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape
@@ -70,6 +65,7 @@ class Builder:
         self.cuts_late = self.layout.gathers and job.parallel.strategy == "ZERO_3"  # tape/cut_late.py
         self.cuts = self.layout.gathers and not self.flat and not self.cuts_late
         """FSDP2: tensors have memory for a part of them before they are filled."""
+        self.cuts_packed = self.cuts and not behaviour.accelerate_fsdp2
         self.base_dtype = "float32" if self.is_prepared and (self.cuts or self.cuts_late) else job.dtype
         """Of what is not packed: peft prepares a model before FSDP2 cuts it, and a whole one when it is loaded."""
         self.parameters: list[Parameter] = []
@@ -96,13 +92,14 @@ class Builder:
         """
         `whole`: on every rank, whatever is done to the others, as NPT's tensors are (memplan.train.parallel).
 
-        What is gathered has the dtype that is computed with: FSDP2's policy names it, and so does that of accelerate's
-        FSDP1 where it has mixed precision; without, a unit keeps its own (accelerate/accelerator.py, prepare_model).
+        What is gathered has the dtype that is computed with; under accelerate without mixed precision, its own.
         """
         g, cut = self.g, 1 if whole else self.layout.parameters
         made: Tensor | None = None
-        stored = dtype or self.base_dtype
+        unit, stored = layer, dtype or self.base_dtype
         trains = self.full if trainable is None else trainable
+        if self.behaviour.accelerate_fsdp2:
+            unit, stored = shard_of(self.job, self.architecture, name, layer, stored, trains=trains)
         local = shard_shape(shape, cut)
         if self.partition_degree:  # whole when made, then cut by itself (partition_parameters.py, Init)
             local = (-(-prod(shape) // self.partition_degree),)
@@ -111,21 +108,21 @@ class Builder:
         if (self.layout.params_on_host or self.flat) and not whole and not late:
             storage = Storage([], 0)  # in host memory, not on the tape
         else:
-            held = g.new(shape if late else local, stored, name, category)
-            assert held.storage is not None
-            storage = held.storage
+            kept = shape if late else local
+            storage = g.storage(prod(kept) * ITEMSIZE[stored], name, stored, kept, category)
         del made
         parameter = Parameter(name, shape, stored, storage, layer, trains)
         if late:
             self.uncut.add(parameter, local, category)
         if self.layout.gathers and not whole:
-            parameter.dtype = self.job.autocast or (stored if self.behaviour.fsdp1 else self.job.dtype)
-            self.contents.parts.setdefault(layer, []).append(Part(name, shape, stored, parameter.dtype))
+            keeps_own = self.behaviour.fsdp1 or self.behaviour.accelerate_fsdp2
+            parameter.dtype = self.job.autocast or (stored if keeps_own else self.job.dtype)
+            self.contents.parts.setdefault(unit, []).append(Part(name, shape, stored, parameter.dtype))
         if self.flat and not whole:
             given = (trains and self.behaviour.wrapped_dtype) or stored
             self.to_wrap.append(ToWrap(layer, Part(name, shape, given, given), parameter))
         if trains and not whole:
-            self.contents.trainable.setdefault(layer, []).append(parameter)
+            self.contents.trainable.setdefault(unit, []).append(parameter)
         parameter.local_shape = shard_shape(shape, 1 if whole else self.layout.optimizer)
         parameter.stored_dtype = stored
         self.parameters.append(parameter)
@@ -152,11 +149,11 @@ class Builder:
             quantized=quantized,
             double_quant=job.quantization.double_quant,
         )
-        if quantized and self.layout.gathers:
+        if quantized and self.layout.gathers and not self.behaviour.accelerate_fsdp2:
             self.packed_shard(name, shape, layer)
         if quantized and self.cuts_late:
             self.uncut.add_packed(layer, linear)
-        if quantized and self.cuts:
+        if quantized and self.cuts_packed:
             self.to_pack.append((layer, name, linear))
         elif quantized:
             linear.held = pack(
@@ -187,6 +184,8 @@ class Builder:
         """
         Every weight is packed whole; of that a rank copies its part (train/skeleton.py). The constants stay whole.
         """
+        if self.cuts_packed:
+            make_map(self.g, self.job)
         self.g.begin("load_packed")
         for layer, name, linear in self.to_pack:
             self.g.enter(layer)
@@ -199,10 +198,8 @@ class Builder:
         g, job, architecture, modules = self.g, self.job, self.architecture, self.modules
         g.begin("load")
         if self.behaviour.loads_on_device:
-            g.scratch(
-                checkpoint_bytes(architecture, job.dtype, lambda module: packs_module(job, module)),
-                name="room for the model's weights",
-            )
+            room = checkpoint_bytes(architecture, job.dtype, lambda module: packs_module(job, module))
+            g.scratch(room, name="room for the model's weights")
         tokens, *positions = modules.before
         outside = self.outer((tokens,))
         embedding = next(iter(outside.values()))
@@ -213,7 +210,7 @@ class Builder:
         outside |= self.outer(tuple(positions))
         if modules.buffers_before_blocks:
             buffers |= self.buffers(others)
-        if not self.cuts:
+        if not self.cuts_packed:
             make_map(g, job)
         blocks = [self.block(layer, layer in checkpointed) for layer in self.layers]
         g.begin("load_rest")
@@ -235,7 +232,6 @@ class Builder:
         model = Model(architecture, blocks, embedding, head, outside, buffers, linears)
         if self.cuts:
             self.attach_adapters(model)
-            make_map(g, job)
             self.fill_packed_shards()
         elif self.cuts_late:
             self.uncut.cut("load_cut")
@@ -294,8 +290,8 @@ class Builder:
     def make_buckets(self, model: Model) -> None:
         """NPT's gradients are added up by the trainer itself."""
         if self.layout.replicas > 1 and not (self.layout.gathers or self.flat or self.job.method == "npt"):
-            num_layers = self.architecture.num_hidden_layers
-            model.buckets = Buckets(self.g, model.trainable, self.layers, num_layers)
+            num_layers, finds_unused = self.architecture.num_hidden_layers, self.behaviour.clones_output
+            model.buckets = Buckets(self.g, model.trainable, self.layers, num_layers, finds_unused)
 
     def keep_rows(self, weight: Parameter | None) -> None:
         """peft's copy of the rows that train, as they are before; it is cast where adapters are."""

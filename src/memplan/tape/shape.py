@@ -15,6 +15,7 @@ from memplan.tape.behaviour import Behaviour
 from memplan.tape.encoders import refuse_for_encoder
 from memplan.tape.fsdp1 import Fsdp1Units
 from memplan.tape.fsdp2 import Fsdp2Units
+from memplan.tape.fsdp2_accelerate import AccelerateUnits
 from memplan.tape.graph import Graph
 from memplan.tape.hooks import Units
 from memplan.tape.loop import Loop, Optimizer, Recording
@@ -68,7 +69,7 @@ def record(
     if device == "cuda":
         g.workspace_bytes = behaviour.cublas_workspace_bytes
         g.bias_workspace_bytes = behaviour.cublaslt_workspace_bytes
-    g.autocast = job.autocast
+    g.autocast = None if behaviour.accelerate_fsdp2 else job.autocast
     recording = Recording(g, layers=tuple(layers))
     recording.mark("load", 0)
     if behaviour.products_before:
@@ -128,6 +129,15 @@ def _units(g: Graph, job: Job, builder: Builder, behaviour: Behaviour) -> Units 
             adapter_units=has_adapter_units,
             recomputes_units=behaviour.recomputes_units,
             wrapped=builder.wrapped,
+        )
+    if behaviour.accelerate_fsdp2:
+        return AccelerateUnits(
+            g,
+            degrees,
+            builder.contents,
+            reduce_dtype=job.autocast,
+            is_tied=builder.architecture.tie_word_embeddings,
+            norm_is_last=job.method == "full" and not builder.architecture.is_encoder,
         )
     return Fsdp2Units(g, degrees, builder.contents, has_backward=job.method != "npt")
 

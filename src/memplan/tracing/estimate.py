@@ -9,11 +9,12 @@ from typing import Any
 from memplan.budget.count import count_parameters
 from memplan.budget.estimate import summarise
 from memplan.budget.host import host_of
-from memplan.budget.notes import attention_notes
+from memplan.budget.notes import accelerate_notes, attention_notes
 from memplan.budget.result import Result
 from memplan.errors import MemplanError, TraceError
 from memplan.job.spec import Job
 from memplan.model.config import architecture_from_config, class_name_of, is_supported
+from memplan.tape.behaviour import Behaviour
 from memplan.tape.tape import WrittenTape
 
 NEEDED = ("torch", "transformers", "peft")
@@ -66,6 +67,7 @@ def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -
     result = summarise(traced, job, engine=engine, host=host, parameters=parameters)
     return traced, result.with_warnings(
         *attention_notes(job, traced.target),
+        *accelerate_notes(job, Behaviour.for_job(job)),
         *_notes_on_class(config, traced.class_name),
         *_notes(job, traced.unknown_values),
         *note_on_reference_code(traced.replaced_packages),

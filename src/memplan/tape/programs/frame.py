@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from memplan.tape.fsdp2_accelerate import embedding_begins, embedding_ends, norm_begins
 from memplan.tape.graph import Graph
 from memplan.tape.modules import entered, left
 from memplan.tape.norms import embedding
@@ -45,9 +46,11 @@ def run_decoder(
     outer, layers, norm = modules
     entered(g, outer)
     with g.module(outer):
+        embedding_begins(g)
         inputs_embeds = (
             embedding(g, ids, model.current_embedding(g)) if embed is None else embed(g, model, ids)
         )
+        embedding_ends(g, inputs_embeds)
         if settings.behaviour.input_gradients:
             inputs_embeds = leaf(inputs_embeds, settings)
             if g.hooks is not None:
@@ -72,6 +75,7 @@ def run_decoder(
                 given,
             )
         with g.module(norm):
+            norm_begins(g, hidden)
             hidden = last_norm(g, model, hidden, settings)
         del given
         if architecture.family in MASKS_BY_KIND:
