@@ -247,3 +247,49 @@ def test_the_allocator_is_that_of_the_environment() -> None:
     assert settings.expandable_segments and settings.max_split_size_mb == 128
     assert notes == ["the allocator's `pinned_num_register_threads:2` is left out"]
     assert "are left out" in read("max_split_size_mb:many")[1][0]
+
+
+def read(tmp_path: Path, world_size: int = 4, **settings: Any) -> Reading:
+    """What is read of arguments with FSDP."""
+    from memplan.hf.reading import read_fsdp
+
+    plugin = arguments(tmp_path, fsdp=True, fsdp_config=settings).fsdp_plugin_args
+    reading = Reading()
+    read_fsdp(reading, plugin.get, world_size)
+    return reading
+
+
+def test_fsdp_as_accelerate_sets_it_up_is_planned(tmp_path: Path) -> None:
+    plain = read(tmp_path)
+    assert plain.unknown == []
+    assert plain.fields["parallel.strategy"] == "FULL_SHARD" and plain.fields["parallel.dp_shard"] == 4
+    kept = read(tmp_path, reshard_after_forward=False)
+    assert kept.unknown == [] and kept.fields["parallel.strategy"] == "SHARD_GRAD_OP"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"version": 1}, "FSDP1 as accelerate sets it up"),
+        ({"cpu_offload": True}, "`cpu_offload` of FSDP"),
+        ({"activation_checkpointing": True}, "`activation_checkpointing` of FSDP"),
+        ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "`auto_wrap_policy: SIZE_BASED_WRAP` of FSDP"),
+    ],
+    ids=str,
+)
+def test_what_of_fsdp_has_no_words_is_named(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
+    assert read(tmp_path, **settings).unknown == [reason]
+
+
+def test_replicas_of_shards_are_read(tmp_path: Path) -> None:
+    from accelerate.parallelism_config import ParallelismConfig
+
+    from memplan.hf.reading import read_fsdp
+
+    plugin = arguments(tmp_path, fsdp=True).fsdp_plugin_args
+    reading = Reading()
+    read_fsdp(reading, plugin.get, 4, ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
+    assert reading.unknown == []
+    assert reading.fields == {
+        "parallel.strategy": "HYBRID_SHARD", "parallel.dp_shard": 2, "parallel.dp_replicate": 2,
+    }  # fmt: skip

@@ -191,6 +191,8 @@ def _as_job(
     job = reading.job(card)
     architecture = architecture_from_config(config, name=job.model, source="the model's config")
     behaviour = replace(Behaviour.for_job(job), padding_mask=batch.is_padded)
+    if reading.finds_unused is not None:
+        behaviour = replace(behaviour, clones_output=reading.finds_unused)
     result = estimate_written(job, architecture, device=device, behaviour=behaviour)[1]
     _check_counts(reading, result, job, model)
     return None if reading.unknown else result
