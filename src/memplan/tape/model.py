@@ -26,7 +26,13 @@ from memplan.tape.fsdp2_accelerate import shard_of
 from memplan.tape.graph import Graph
 from memplan.tape.linear import Adapter, Linear
 from memplan.tape.packing import (
-    make_map, pack, packed_bytes, packed_form, packs, packs_module, prepare_kbit,
+    make_map,
+    pack,
+    packed_bytes,
+    packed_form,
+    packs,
+    packs_module,
+    prepare_kbit,
 )  # fmt: skip
 from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
 from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape
@@ -181,9 +187,7 @@ class Builder:
             self.g.persistent.append(self.g.new(local, dtype, f"{name} packed weight", "weights"))
 
     def fill_packed_shards(self) -> None:
-        """
-        Every weight is packed whole; of that a rank copies its part (train/skeleton.py). The constants stay whole.
-        """
+        """Every weight is packed whole; a rank copies its part of that, and keeps all constants (train/skeleton.py)."""
         if self.cuts_packed:
             make_map(self.g, self.job)
         self.g.begin("load_packed")
