@@ -67,7 +67,7 @@ def test_states_on_the_host_are_not_on_the_tape(settings: dict[str, Any]) -> Non
         (SHARDED | {"offload__optimizer": True}, "has no `offload.optimizer` alone with sharded weights"),
         (
             {"loop": "hf_trainer", "offload__params": True},
-            "traced in memplan's own loop",
+            "jobs with `offload.params` are not traced with `loop: hf_trainer`",
         ),
         (SHARDED | {"optimizer": "adafactor"}, "`optimizer: adafactor` cannot step sharded weights"),
         (
