@@ -276,8 +276,8 @@ def _standing_note(rows: Sequence[Row]) -> str:
             lines.append([f"`{row.case.id}`", *(f"{num_bytes / MiB:+.1f}" for num_bytes in beside)])
     return (
         "Reserved memory of GPT-2 on a T4 (torch 2.11) is right to the byte: products with a bias run in cuBLASLt, for "
-        "which torch 2.9 to 2.11 keeps 1 MiB beside cuBLAS's workspace, in a segment of 2 MiB. Without it both of "
-        "these rows would lack that segment.\n\n"
+        "which torch 2.9 to 2.11 keeps 1 MiB beside cuBLAS's workspace, in a segment of 2 MiB. Without it the "
+        "larger of the two would lack that segment.\n\n"
         "Scripts, which are no jobs, are counted apart. Of the encoders among them those with 512 tokens are right "
         "to the byte, those with 2048 are below. Of free blocks of one size torch takes that at the lowest address; "
         "addresses are the driver's, where a replay counts upwards. MiB beside the measurement, as predicted and over "

@@ -67,8 +67,8 @@ def _matmul_lora(g: Graph, x: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
     del weight
     dropped = x
     if adapter.dropout and g.training:
-        dropped = g.new(x.shape, x.dtype, "dropout")
         mask = g.new(x.shape, "bool", "dropout mask")
+        dropped = g.new(x.shape, x.dtype, "dropout")
         del mask
     product = _low_rank(g, adapter, x.shape[:-1], layer.out_features, x.dtype)
     del product

@@ -333,17 +333,18 @@ def _rsqrt_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[
 
 def dropout(g: Graph, x: Tensor, probability: float) -> Tensor:
     """
-    F.dropout in training: native_dropout with a bool mask on CUDA; on the CPU a mask of x's dtype that is multiplied.
+    F.dropout in training: native_dropout with a bool mask on CUDA, made before the output; on the CPU a mask of x's
+    dtype that is multiplied.
 
-    (aten/src/ATen/native/Dropout.cpp)
+    (aten/src/ATen/native/Dropout.cpp, aten/src/ATen/native/cuda/Dropout.cu)
     """
     if probability == 0 or not g.training:
         return x
     if g.device == "cpu":
         noise = g.new(x.shape, x.dtype, "dropout mask", transposed=x.transposed)
         return mul(g, x, noise, "dropout")
-    out = g.new(x.shape, x.dtype, "dropout", transposed=x.transposed)
     mask = g.new(x.shape, "bool", "dropout mask", transposed=x.transposed)
+    out = g.new(x.shape, x.dtype, "dropout", transposed=x.transposed)
     if g.needs(x):
         g.record(out, (x,), [mask], _unary_backward)
     return out

@@ -24,6 +24,7 @@ from memplan.tracing.recorder import Handler, Recorder, called_by_engine
 from memplan.tracing.replaced import replaced
 from memplan.tracing.scratch import SCRATCH
 from memplan.tracing.sdpa import attention
+from memplan.tracing.specs import outputs
 
 aten = torch.ops.aten
 
@@ -87,6 +88,16 @@ def _cudnn_forward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs:
         if isinstance(tensor, Tensor):
             recorder.see(tensor, "_scaled_dot_product_cudnn_attention")
     return tuple(out)
+
+
+def _native_dropout(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The mask is made before the output (aten/src/ATen/native/cuda/Dropout.cu, dropout_cuda)."""
+    if args[0].device.type != "meta" or recorder.device_type != "meta":
+        return NotImplemented
+    out, mask = outputs(func, args, kwargs)
+    recorder.see(mask, "native_dropout")
+    recorder.see(out, "native_dropout")
+    return out, mask
 
 
 def _grouped_product(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -282,6 +293,7 @@ def handlers(sole_tensor: int, sole_storage: int) -> dict[str, Handler]:
     table["aten::index_put"] = table["aten::scatter"] = _in_place
     table["aten::_scaled_dot_product_cudnn_attention"] = _cudnn_forward
     table["aten::_grouped_mm"] = _grouped_product
+    table["aten::native_dropout"] = _native_dropout
     table["aten::nonzero"] = _nonzero
     table["aten::index"] = table["aten::_index_put_impl_"] = table["aten::index_put_"] = _index
     table["aten::_safe_softmax"] = _safe_softmax
