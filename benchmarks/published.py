@@ -89,6 +89,8 @@ class Case:
     """A script checkpointed what FSDP1 had wrapped."""
     wrapped_dtype: str | None = None
     """FSDP1 wrapped the model in this dtype, which it was loaded in, before the shards were made float32."""
+    float_buffers: bool = False
+    """A script made its model in float32 and cast no more than the parameters."""
     loads_on_device: bool = False
     """`from_pretrained` was given a `device_map`."""
     products_before: bool = False
@@ -141,6 +143,9 @@ class Case:
             fsdp1=behaviour.fsdp1 or self.fsdp1,
             recomputes_units=behaviour.recomputes_units and not self.checkpoints_inside_units,
             wrapped_dtype=self.wrapped_dtype,
+            rotary_tables="float32"
+            if behaviour.rotary_tables and self.float_buffers
+            else behaviour.rotary_tables,
             loads_on_device=behaviour.loads_on_device or self.loads_on_device,
             products_before=self.products_before,
             # Both are of transformers; torchtune, litgpt and the like train without a cache, and index nothing.

@@ -173,3 +173,26 @@ def test_versions_are_compared_as_numbers():
     """A local part does not count, and 4.9 is before 4.45."""
     assert (2, 4, 1) == _version("2.4.1+cu121")
     assert _version("4.9") < _version("4.45.2")
+
+
+def test_what_bitsandbytes_kept_of_a_4bit_product_until_0_43_2():
+    """Its input, with the checkpoints of a transformers of that time."""
+    job = TRAINER.replace(method="qlora")
+
+    assert [True, False, False, False] == [
+        Behaviour.for_software(job, versions, family="llama").keeps_4bit_input
+        for versions in (
+            {"transformers": "4.37.2", "bitsandbytes": "0.43.1"},
+            {"transformers": "4.37.2", "bitsandbytes": "0.43.2"},
+            {"transformers": "4.37.2"},
+            {"transformers": "5.8", "bitsandbytes": "0.43.1"},
+        )
+    ]
+
+
+def test_every_block_of_a_llama_had_rotary_tables_until_4_38():
+    """In the dtype that the model was loaded in."""
+    assert ["bfloat16", None, None] == [
+        behaviour(version, family=family).rotary_tables
+        for version, family in (("4.37.2", "llama"), ("4.38.0", "llama"), ("4.37.2", "gpt2"))
+    ]

@@ -115,7 +115,10 @@ def test_products_with_a_bias_keep_another_workspace_where_cublaslt_has_one():
 
 
 def test_a_unit_passes_through_the_device_whole():
-    """At most all of it twice, and the shard; the shard is left. Two buckets of a broadcast are less."""
+    """
+    At most all of it twice, the buckets of its broadcast and the shard; the shard is left. The last tensor, which has a
+    bucket to itself, is sent without a copy.
+    """
     g = Graph()
     parts = [
         Part(name, (100 * MiB,), "uint8", "uint8") for name in ("block.a", "block.b", "block.c", "block.d")
@@ -123,9 +126,9 @@ def test_a_unit_passes_through_the_device_whole():
     shard = wrap_unit(g, parts, 2)
 
     curve = live_bytes(g)
-    assert (400 + 400 + 200) * MiB == max(curve)
+    assert (400 + 300 + 400 + 200) * MiB == max(curve)
     assert 200 * MiB == curve[-1] == g.sizes[shard.id]
-    assert [300 * MiB, 100 * MiB] == [
+    assert [300 * MiB] == [
         g.sizes[index] for index, info in enumerate(g.info) if info[2] == "bucket of a broadcast"
     ]
 
@@ -138,6 +141,29 @@ def test_a_unit_that_is_not_cut_stays_as_its_flat_parameter():
     )
 
     assert 2 * MiB == live_bytes(g)[-1] == g.sizes[kept.id]
+
+
+def test_a_bucket_is_there_until_the_next_unit_has_its_first_parameter():
+    """NCCL's stream has read it: the next unit's first parameter cannot have its place, its second one can."""
+    g = Graph()
+    units = [[Part(f"{unit}.{name}", (MiB,), "uint8", "uint8") for name in "ab"] for unit in "xy"]
+    wrap_units(g, [ToWrap(layer, part) for layer, unit in enumerate(units) for part in unit], [0, 1], 1)
+
+    bucket = next(index for index, info in enumerate(g.info) if info[2] == "bucket of a broadcast")
+    first, second = (
+        next(index for index, info in enumerate(g.info) if info[2] == f"y.{name} before sharding")
+        for name in "ab"
+    )
+    assert g.events.index(first) < g.events.index(-bucket) < g.events.index(second)
+
+
+def test_buffers_of_a_unit_stay_whole():
+    """Beside its shard."""
+    g = Graph()
+    weight, table = (Part(name, (MiB,), "uint8", "uint8") for name in ("weight", "table"))
+    wrap_units(g, [ToWrap(None, weight), ToWrap(None, table, is_buffer=True)], [], 2)
+
+    assert [MiB] == [g.sizes[storage.id] for storage in g.persistent]
 
 
 def test_units_are_wrapped_block_by_block():

@@ -147,6 +147,11 @@ class Behaviour:
     Adapters of experts are multiplied out, and the result is added to the weights: peft before 0.21; since then one
     product does both (tuners/lora/layer.py, ParamWrapper).
     """
+    rotary_tables: str | None = None
+    """
+    The dtype of the rotary tables of all positions that every block of a Llama keeps as buffers, where it does:
+    transformers before 4.38 (modeling_llama.py, LlamaRotaryEmbedding._set_cos_sin_cache).
+    """
     trainer_scalars: bool = False
     """
     The scalars of transformers' Trainer: its running loss, the tokens of a step, by which the model divides its loss,
@@ -172,6 +177,11 @@ class Behaviour:
     """Kernels of tape/kernels.py in place of transformers' operations."""
     fused_lora: bool = False
     """Unsloth's LoRA operations over 4-bit layers (tape/fused_lora.py)."""
+    keeps_4bit_input: bool = False
+    """
+    The node of a 4-bit product has its input as an attribute, until its graph goes: bitsandbytes before 0.43.2
+    (autograd/_functions.py, MatMul4Bit; bitsandbytes#1270). Planned with reentrant checkpointing.
+    """
     whole_adapters: bool = False
     """
     Adapters are left out of FSDP1: every rank has all of them and their states, and adds up their gradients by a hook.
@@ -292,6 +302,9 @@ class Behaviour:
             attention_waits=fsdp1
             and job.attention == "flash_attention_2"
             and (4, 45) <= transformers < (4, 49),
+            keeps_4bit_input=checkpointing
+            and old_trainer
+            and _version(versions.get("bitsandbytes", "1")) < (0, 43, 2),
             whole_adapters=fsdp1 and "fused_lora" in kernels,
             repeat_key_heads=transformers < ((4, 54) if job.attention == "sdpa" else (4, 48))
             and (job.attention == "sdpa" or family == "mistral"),
@@ -299,6 +312,7 @@ class Behaviour:
             check_packing=transformers >= (4, 54),
             checkpoints_forward=transformers >= (5, 23),
             remap_positions=transformers >= (5, 23),
+            rotary_tables=job.dtype if family == "llama" and transformers < (4, 38) else None,
             rotary_product=transformers < (5, 19),
             checks_all_rows=(5,) < transformers < (5, 20),
             expert_masks=_expert_masks(transformers),

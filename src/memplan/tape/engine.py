@@ -151,7 +151,10 @@ def _accumulate_parameter(g: Graph, parameter: Parameter, gradient: Tensor) -> N
     if not parameter.name:  # a block's input, cut off its graph
         parameter.grad = gradient
         return
-    if not _held_once(gradient):
+    if g.flat_gradients is not None:
+        with g.on_stream(g.flat_gradients):
+            gradient = g.new(gradient.shape, gradient.dtype, "grad")
+    elif not _held_once(gradient):
         gradient = g.new(gradient.shape, gradient.dtype, "grad")
     g.recategorize(gradient, "gradients", f"{parameter.name} grad")
     parameter.grad = gradient

@@ -54,6 +54,13 @@ class Graph:
         self.units: Units | None = None
         self.on_gradient: Callable[[Parameter], None] | None = None
         """Runs when a parameter has its gradient, which the engine holds meanwhile (post_acc_grad_hooks)."""
+        self.flat_gradients: int | None = None
+        """
+        The stream on which FSDP1 cuts flat parameters into views, where it shards nothing: backward of that runs there,
+        and its result, a concatenation, is the gradient that stays (_flat_param.py, _use_unsharded_views).
+        """
+        self.attributes: list[Tensor] = []
+        """What nodes keep as attributes, beside what they save: it goes with the graph, not with the node's run."""
         self.hooks: Hooks | None = None
         """Run around every module that has parameters of its own."""
         self.target = Target(device)

@@ -49,6 +49,8 @@ class Linear:
     """Falcon's `input @ weight.T`: autocast keeps casts of leaves, not of views."""
     quantized: bool = False
     double_quant: bool = False
+    keeps_input: bool = False
+    """The node of a 4-bit product has its input as an attribute (behaviour.py, keeps_4bit_input)."""
     held: list[Tensor] = field(default_factory=list)
     """Packed weight and quantisation state of a 4-bit layer: alive as long as the layer."""
     rows: TokenRows | None = None
@@ -174,6 +176,8 @@ def matmul_4bit(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     del low_bias, low_x, low_weight, weight
     if g.needs(x):
         g.record(out, (x,), [], _matmul_4bit_backward, (x.shape, layer))
+        if layer.keeps_input:
+            g.attributes.append(x)
     return cast(g, out, dtype)
 
 

@@ -103,7 +103,8 @@ class Loop:
             if loss is not None:
                 recording.mark("backward", number)
                 self.g.begin(f"backward {number}.{micro}")
-                if self.behaviour.fsdp1 and self.job.method != "full":
+                # Inside a unit a checkpoint cuts off none of the unit's inputs, which are those that hooks keep.
+                if self.behaviour.recomputes_units and self.job.method != "full":
                     self.settings.kept = []
                 if self.behaviour.trainer_scalars:
                     loss, kept = self.divided(loss)

@@ -35,7 +35,7 @@ from memplan.tape.packing import (
     prepare_kbit,
 )  # fmt: skip
 from memplan.tape.parts import Block, LinearSpec, Model, NptModulator, linear_spec
-from memplan.tape.sharding import Contents, Part, fill_shards, layout, shard_shape
+from memplan.tape.sharding import GATHER_STREAM, Contents, Part, fill_shards, layout, shard_shape
 from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
 from memplan.tape.token_rows import TokenRows
@@ -154,6 +154,7 @@ class Builder:
             transposes=self.architecture.family == "falcon" and layer is not None,
             quantized=quantized,
             double_quant=job.quantization.double_quant,
+            keeps_input=self.behaviour.keeps_4bit_input,
         )
         if quantized and self.layout.gathers and not self.behaviour.accelerate_fsdp2:
             self.packed_shard(name, shape, layer)
@@ -248,6 +249,7 @@ class Builder:
         fill_shards(g, self.whole)
         self.attach_npt(model, npt_layers)
         if self.flat:
+            g.flat_gradients = None if self.layout.gathers else GATHER_STREAM
             shards = wrap_units(g, self.to_wrap, self.layers, self.layout.parameters)
             if self.behaviour.wrapped_dtype:
                 self.wrapped = upcast_shards(g, self.to_wrap, self.layers, self.layout.parameters, shards)
@@ -289,7 +291,21 @@ class Builder:
                 continue
             for item in module.parameters("", layer):
                 block.norms[item.name] = self.parameter(f"{self.block_name}.{item.name}", item.shape, layer)
+        self.rotary_tables(layer)
         return block
+
+    def rotary_tables(self, layer: int) -> None:
+        """Of a block that has its own, see `Behaviour.rotary_tables`."""
+        dtype, architecture = self.behaviour.rotary_tables, self.architecture
+        if dtype is None:
+            return
+        shape = (architecture.max_position_embeddings, architecture.head_dim)
+        for name in ("cos_cached", "sin_cached"):
+            part = Part(f"{self.block_name}.self_attn.rotary_emb.{name}", shape, dtype, dtype)
+            if self.flat:
+                self.to_wrap.append(ToWrap(layer, part, is_buffer=True))
+            else:
+                self.g.persistent.append(self.g.new(shape, dtype, part.name, "weights"))
 
     def make_buckets(self, model: Model) -> None:
         """NPT's gradients are added up by the trainer itself."""

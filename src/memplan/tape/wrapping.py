@@ -20,8 +20,6 @@ from memplan.units import MiB
 
 BROADCAST_BUCKET_BYTES = 250 * MiB
 """PARAM_BROADCAST_BUCKET_SIZE (torch/distributed/fsdp/_init_utils.py)."""
-BUCKETS_IN_FLIGHT = 2
-"""broadcast_coalesced (torch/csrc/distributed/c10d/comm.cpp)."""
 
 
 class ToWrap(NamedTuple):
@@ -30,6 +28,8 @@ class ToWrap(NamedTuple):
     layer: int | None
     part: Part
     parameter: Parameter | None = None
+    is_buffer: bool = False
+    """It goes to the device and stays there, whole, outside the flat parameter."""
 
 
 def wrap_units(g: Graph, tensors: Sequence[ToWrap], layers: Sequence[int], degree: int) -> list[Storage]:
@@ -38,8 +38,11 @@ def wrap_units(g: Graph, tensors: Sequence[ToWrap], layers: Sequence[int], degre
     own, wrapped before its block (peft/utils/other.py, fsdp_auto_wrap_policy). Returns the shards.
     """
     g.begin("wrap")
+    buffers = [item for item in tensors if item.is_buffer]
+    tensors = [item for item in tensors if not item.is_buffer]
     adapted = any(item.parameter is None or not item.parameter.needs_grad for item in tensors)
     shards = []
+    sent: list[Storage] = []
     for layer in [*layers, None]:
         g.enter(layer)
         of_block = [item for item in tensors if item.layer == layer]
@@ -49,7 +52,8 @@ def wrap_units(g: Graph, tensors: Sequence[ToWrap], layers: Sequence[int], degre
         units = [[item] for item in alone]
         units.append([item for item in of_block if item not in alone])
         for unit in units:
-            shard = wrap_unit(g, [item.part for item in unit], degree)
+            in_unit = [item.part for item in buffers if item.layer == layer and unit is units[-1]]
+            shard = wrap_unit(g, [item.part for item in unit], degree, in_unit, sent)
             shards.append(shard)
             for item in unit:
                 if item.parameter is not None:
@@ -87,14 +91,28 @@ def upcast_shards(
     return wrapped
 
 
-def wrap_unit(g: Graph, parts: Sequence[Part], degree: int) -> Storage:
+def wrap_unit(
+    g: Graph,
+    parts: Sequence[Part],
+    degree: int,
+    buffers: Sequence[Part] = (),
+    sent: list[Storage] | None = None,
+) -> Storage:
     """
-    One unit: all of its parameters, their flat copies and the shard of one of `degree` ranks, which alone is left.
+    One unit: all of its parameters, their flat copies and the shard of one of `degree` ranks, which alone is left
+    beside the unit's buffers.
+
+    Args:
+        sent: buckets of the unit before, then of this one. NCCL has read them on a stream of its own, so that the
+            allocator has them back when the device is done, which the copy of a parameter from the host waits for.
     """
-    moved = [
-        g.storage(part.num_bytes, f"{part.name} before sharding", category="workspace") for part in parts
-    ]
-    _broadcast(g, parts)
+    sent = [] if sent is None else sent
+    moved = []
+    for part in parts:
+        moved.append(g.storage(part.num_bytes, f"{part.name} before sharding", category="workspace"))
+        sent.clear()
+    g.persistent += [g.storage(part.num_bytes, part.name, category="weights") for part in buffers]
+    sent += _broadcast(g, [*buffers, *parts])
     total = sum(part.num_bytes for part in parts)
     flat = g.storage(total, "flat parameter", category="workspace")
     if degree == 1:
@@ -107,16 +125,17 @@ def wrap_unit(g: Graph, parts: Sequence[Part], degree: int) -> Storage:
     return shard
 
 
-def _broadcast(g: Graph, parts: Sequence[Part]) -> None:
-    """Copies of whole tensors, a bucket being full when it reaches BROADCAST_BUCKET_BYTES; two at a time."""
-    buckets: list[Storage] = []
-    pending = 0
+def _broadcast(g: Graph, parts: Sequence[Part]) -> list[Storage]:
+    """
+    Copies of whole tensors, a bucket being full when it reaches BROADCAST_BUCKET_BYTES. A tensor that has a bucket to
+    itself is sent as it is (aten/src/ATen/native/TensorShape.cpp, flatten_dense_tensors).
+    """
+    buckets = []
+    pending: list[int] = []
     for index, part in enumerate(parts):
-        pending += part.num_bytes
-        if pending >= BROADCAST_BUCKET_BYTES or index == len(parts) - 1:
-            if len(buckets) == BUCKETS_IN_FLIGHT:
-                buckets.pop(0)
-            buckets.append(g.storage(pending, "bucket of a broadcast", category="comm"))
-            pending = 0
-    while buckets:
-        buckets.pop(0)
+        pending.append(part.num_bytes)
+        if sum(pending) >= BROADCAST_BUCKET_BYTES or index == len(parts) - 1:
+            if len(pending) > 1:
+                buckets.append(g.storage(sum(pending), "bucket of a broadcast", category="comm"))
+            pending = []
+    return buckets

@@ -223,6 +223,7 @@ def _reentrant_backward(
     leaf = Parameter("", x.shape, x.dtype, x.storage, block.layer, trainable=True)
     outer = g.path, g.category
     g.path, g.category, g.grad_enabled = path, "activations", True
+    attributes, g.attributes = g.attributes, []
     output = run(block, leaf)
     g.leave_autocast()
     g.grad_enabled = False
@@ -233,6 +234,7 @@ def _reentrant_backward(
     if isinstance(units, Fsdp1Units):
         units.leave_backward(block.layer)
     g.path, g.category = outer
+    g.attributes = attributes
     if settings.kept is not None:
         settings.kept.append((leaf, leaf.grad))
     gradient, leaf.grad = leaf.grad, None
