@@ -190,6 +190,16 @@ def test_what_bitsandbytes_kept_of_a_4bit_product_until_0_43_2():
     ]
 
 
+def test_adapters_were_added_in_place_until_peft_0_9():
+    """Not where the version is that at hand."""
+    job = TRAINER.replace(method="lora")
+
+    assert [True, False, False] == [
+        Behaviour.for_software(job, versions, family="llama").adds_in_place
+        for versions in ({"peft": "0.8.2"}, {"peft": "0.9.0"}, {})
+    ]
+
+
 def test_every_block_of_a_llama_had_rotary_tables_until_4_38():
     """In the dtype that the model was loaded in."""
     assert ["bfloat16", None, None] == [

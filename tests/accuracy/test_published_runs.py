@@ -123,7 +123,7 @@ def test_reserved_peaks_on_one_gpu(rows: list[Row]):
 
 
 def test_reserved_peaks_of_complete_cases(rows: list[Row]):
-    """Of sources of high trust: median 1 %, none beyond 8 %, none too low."""
+    """Of sources of high trust: median 1 %, none beyond 1 %, too low the two of replicas alone."""
     errors = [
         row.error
         for row in rows
@@ -134,21 +134,34 @@ def test_reserved_peaks_of_complete_cases(rows: list[Row]):
 
     assert 15 == summary.count
     assert summary.median < 0.01
-    assert abs(summary.worst) < 0.08
-    assert 0 == summary.too_low
+    assert abs(summary.worst) < 0.01
+    assert len(report.REPLICAS) == summary.too_low
 
 
 def test_no_reserved_peak_of_a_complete_job_is_below_the_measurement(rows: list[Row]):
-    """Of sources of high trust, beyond the rounding of what they print."""
+    """Of sources of high trust, beyond the rounding of what they print: but for replicas under FSDP1, and for 0.1 %."""
     complete = [row for row in rows if row.case.trust == "high" and not row.case.completeness]
-    below = [
-        row.case.id
+    below = {
+        row.case.id: round(100 * row.error, 1)
         for row in complete
         if row.measured.statistic == "reserved" and row.group != SCRIPTED
         if row.measured.bytes - row.predicted_bytes > 1 + row.measured.rounding_bytes
-    ]
+    }
 
-    assert [] == below
+    assert {"fsdpqlora-3090-7b-lora-bs1-512": -0.1, **dict.fromkeys(report.REPLICAS, -0.7)} == below
+
+
+def test_replicas_under_fsdp1_depend_on_how_peft_adds():
+    """Of the two that are planned too low the second is right with peft before 0.9; the first is as it was."""
+    errors = []
+    for name in report.REPLICAS:
+        case = case_named(name)
+        in_place = dataclasses.replace(case.behaviour, adds_in_place=True)
+        predicted = Run(case, in_place).predict("reserved")
+        assert predicted is not None
+        errors.append(predicted / case.measured.bytes - 1)
+
+    assert [-0.0071, 0.0002] == pytest.approx(errors, abs=5e-5)
 
 
 @pytest.mark.parametrize(("name", "segments"), [("preflight-gpt2-b4-s128", 0), ("preflight-gpt2-b8-s256", 1)])
@@ -218,10 +231,10 @@ def test_reserved_memory_of_each_stage_of_the_first_step(
 
 
 def test_allocated_peaks_on_several_gpus(rows: list[Row]):
-    """61 within 0.02 %, 8 of Granite's within 0.5 %; fsdp_qlora's, of two decimals, within 3 %; none too low."""
+    """61 within 0.02 %, 8 of Granite's and fsdp_qlora's, of two decimals, within 0.5 %; none too low."""
     errors = [row.error for row in rows if (row.group, row.measured.statistic) == (SHARDED, "allocated")]
 
-    assert [61, 69, 70] == [sum(abs(error) < most for error in errors) for most in (0.0002, 0.005, 0.03)]
+    assert [61, 70] == [sum(abs(error) < most for error in errors) for most in (0.0002, 0.005)]
     assert 70 == len(errors)
     assert 0 == of(rows, SHARDED, "allocated").too_low
 
@@ -331,8 +344,8 @@ def test_slices_of_whole_dimensions_and_added_tokens_are_what_fills_the_cache(na
     ("name", "peak", "held"),
     [
         ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g1-bs8", 67.5, 56.9),
-        ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g2-bs8", 65.5, 54.4),
-        ("fms-liger-mistral-7b-v0.1-foak-fast-kernels-full-g2-bs4", 78.1, 73.2),
+        ("fms-liger-llama-3.1-8b-foak-fast-kernels-lora-g2-bs8", 66.6, 54.5),
+        ("fms-liger-mistral-7b-v0.1-foak-fast-kernels-full-g2-bs4", 78.0, 73.2),
         ("fms-main-mistral-7b-v0.1-none-full-g1-bs8", 77.1, 70.4),
         ("fms-main-mistral-7b-v0.1-foak-fast-kernels-full-g1-bs8", 75.3, 68.5),
         ("fms-liger-mistral-7b-v0.1-foak-fast-kernels-full-g1-bs8", 75.3, 68.5),
@@ -386,7 +399,7 @@ def test_logits_are_taken_anew_on_three_of_four_gpus():
 
     assert 7.8 == round(logits, 1)
     assert [2 * logits] * 3 == pytest.approx([other - reserved[0] for other in reserved[1:]], abs=0.02)
-    assert 64.8 == round(predicted / GiB - logits * 3 / 4, 1)
+    assert 65.3 == round(predicted / GiB - logits * 3 / 4, 1)
 
 
 # -- what is written from it -------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def test_allocated_peaks(rows: dict[tuple[str, str], Row]) -> None:
 def test_reserved_peaks_of_encoders(rows: dict[tuple[str, str], Row]) -> None:
     """
     With 512 tokens to the byte, in whatever order the driver's addresses are; with 2048 within 3 %, and in another
-    order DistilBERT's is above the measurement, BERT's still 20 MiB below.
+    order DistilBERT's is above the measurement, BERT's still 12 MiB below.
     """
     traced = load_traced_cases()["cases"]
     for model in ("bert", "distilbert"):
@@ -47,7 +47,7 @@ def test_reserved_peaks_of_encoders(rows: dict[tuple[str, str], Row]) -> None:
         long = rows[f"preflight-{model}-base-uncased-b8-s256", "reserved"]
         assert -0.03 < long.error < 0
         beyond = traced[long.case.id][HIGHEST] - long.measured.bytes
-        assert beyond > 0 if model == "distilbert" else beyond == -20 * MiB
+        assert beyond > 0 if model == "distilbert" else beyond == -12 * MiB
 
 
 @pytest.mark.parametrize(

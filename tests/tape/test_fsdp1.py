@@ -6,6 +6,7 @@ Sources are torch/distributed/fsdp/_runtime_utils.py and _flat_param.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -193,3 +194,22 @@ def test_a_host_ahead_holds_one_unit_more_and_never_less():
 
     assert in_order.peak_allocated_bytes == ahead.peak_allocated_bytes
     assert in_order.peak_reserved_bytes < ahead.peak_reserved_bytes <= in_order.peak_reserved_bytes + block
+
+
+def test_replicas_join_gradients_of_matrices_on_the_stream_that_cut_them():
+    """One after the other, each in a tensor of its own that stays; the host waits when backward is over."""
+    job = make_job(
+        method="lora", parallel__strategy="NO_SHARD", parallel__dp_shard="1", parallel__dp_replicate="2"
+    )
+    behaviour = replace(Behaviour.for_job(job), fsdp1=True)
+    tape = write_tape(job, resolve_model(job.model), behaviour=behaviour, num_steps=1).flatten()
+    of_matrices = {storage for storage in tape.recorded if tape.sizes[storage]}
+    kept = [storage for storage in tape.streams if tape.streams[storage] == GATHER_STREAM]
+
+    assert sorted(tape.sizes[storage] for storage in of_matrices) == sorted(
+        tape.sizes[storage] for storage in kept
+    )
+    assert not of_matrices & set(kept)
+    first, wait = tape.events.index(kept[0]), tape.events.index(next(iter(tape.waits)))
+    assert all(tape.events.index(-storage) < wait for storage in of_matrices)
+    assert all(first <= tape.events.index(storage) < wait < tape.events.index(-storage) for storage in kept)

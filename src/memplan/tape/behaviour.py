@@ -182,6 +182,8 @@ class Behaviour:
     The node of a 4-bit product has its input as an attribute, until its graph goes: bitsandbytes before 0.43.2
     (autograd/_functions.py, MatMul4Bit; bitsandbytes#1270). Planned with reentrant checkpointing.
     """
+    adds_in_place: bool = False
+    """An adapter's output is added to the layer's in place: peft before 0.9 (tuners/lora/layer.py and bnb.py)."""
     whole_adapters: bool = False
     """
     Adapters are left out of FSDP1: every rank has all of them and their states, and adds up their gradients by a hook.
@@ -305,6 +307,7 @@ class Behaviour:
             keeps_4bit_input=checkpointing
             and old_trainer
             and _version(versions.get("bitsandbytes", "1")) < (0, 43, 2),
+            adds_in_place=peft is not None and peft < (0, 9),
             whole_adapters=fsdp1 and "fused_lora" in kernels,
             repeat_key_heads=transformers < ((4, 54) if job.attention == "sdpa" else (4, 48))
             and (job.attention == "sdpa" or family == "mistral"),

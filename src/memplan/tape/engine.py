@@ -152,6 +152,8 @@ def _accumulate_parameter(g: Graph, parameter: Parameter, gradient: Tensor) -> N
         parameter.grad = gradient
         return
     if g.flat_gradients is not None:
+        assert gradient.storage is not None
+        g.record_stream(gradient.storage)  # the engine does that, input_buffer.cpp
         with g.on_stream(g.flat_gradients):
             gradient = g.new(gradient.shape, gradient.dtype, "grad")
     elif not _held_once(gradient):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from memplan.tape import zero3_linear
 from memplan.tape.graph import Graph
 from memplan.tape.modules import called, hooked, left
-from memplan.tape.ops import add, cast, dropout, scale
+from memplan.tape.ops import add, add_in_place, cast, dropout, scale
 from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
 from memplan.tape.token_rows import TokenRows, merged
 
@@ -51,6 +51,8 @@ class Linear:
     double_quant: bool = False
     keeps_input: bool = False
     """The node of a 4-bit product has its input as an attribute (behaviour.py, keeps_4bit_input)."""
+    adds_in_place: bool = False
+    """An adapter's output is added to this layer's in place (behaviour.py)."""
     held: list[Tensor] = field(default_factory=list)
     """Packed weight and quantisation state of a 4-bit layer: alive as long as the layer."""
     rows: TokenRows | None = None
@@ -271,6 +273,7 @@ def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tenso
     peft's lora.Linear.forward (lora.bnb.Linear4bit for 4-bit layers, which copies the base's output first and casts
     the adapter's output back before the sum).
     """
+    adds = add_in_place if layer.adds_in_place else add
     result = _base(g, x, layer)
     dtype = result.dtype
     if layer.quantized:
@@ -282,12 +285,12 @@ def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tenso
         output = _low_rank(g, x, adapter)
         if converts:
             output = cast(g, output, dtype)
-        result = add(g, result, output, "output")
+        result = adds(g, result, output, "output")
         return result
     if g.hooks is not None:  # peft asks for the dtype of A, which is another module's
         g.hooks.touch((layer.name, g.layer), adapter.a)
     x = cast(g, x, adapter.a.dtype)
-    result = add(g, result, _low_rank(g, x, adapter), "sum with adapter")
+    result = adds(g, result, _low_rank(g, x, adapter), "sum with adapter")
     result = cast(g, result, dtype)
     return result
 

@@ -113,6 +113,8 @@ class Loop:
                     del kept
                 else:
                     backward(self.g, loss)
+                if self.g.flat_gradients is not None:
+                    self.g.wait()
                 self.release_kept(f"{number}.{micro}")
                 del loss
             if is_own:

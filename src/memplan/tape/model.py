@@ -155,6 +155,7 @@ class Builder:
             quantized=quantized,
             double_quant=job.quantization.double_quant,
             keeps_input=self.behaviour.keeps_4bit_input,
+            adds_in_place=self.behaviour.adds_in_place,
         )
         if quantized and self.layout.gathers and not self.behaviour.accelerate_fsdp2:
             self.packed_shard(name, shape, layer)

@@ -166,6 +166,15 @@ def add(g: Graph, a: Tensor, b: Tensor, name: str = "sum") -> Tensor:
     return out
 
 
+def add_in_place(g: Graph, a: Tensor, b: Tensor, name: str = "sum") -> Tensor:
+    """`a += b`: the sum has the storage of `a`; saves nothing."""
+    out = alias(a)
+    out.view = a.view
+    if g.needs(a, b):
+        g.record(out, (a, b), [], _add_backward)
+    return out
+
+
 def _add_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
     gradient = gradients[0]
     return [gradient if edge is not None else None for edge in node.edges]
