@@ -140,6 +140,8 @@ def test_kernels_and_padding_are_taken_as_given():
         ("Tesla T4", (7, 5), CUBLAS_WORKSPACE_BYTES),
         ("NVIDIA A100-SXM4-80GB", (8, 0), CUBLAS_WORKSPACE_BYTES),
         ("H200", (9, 0), CUBLAS_WORKSPACE_BYTES_HOPPER),
+        ("NVIDIA B200", (10, 0), CUBLAS_WORKSPACE_BYTES_HOPPER),
+        ("NVIDIA GeForce RTX 5090", (12, 0), CUBLAS_WORKSPACE_BYTES_HOPPER),
     ],
 )
 def test_the_card_that_a_job_names(gpu: str | None, capability: tuple[int, int], workspace: int):
@@ -147,6 +149,22 @@ def test_the_card_that_a_job_names(gpu: str | None, capability: tuple[int, int],
     found = Behaviour.for_job(Job(model="x", gpu=gpu))
 
     assert (capability, workspace) == (found.compute_capability, found.cublas_workspace_bytes)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "version", "mebibytes"),
+    [
+        ("H200", "2.11.0", 32),
+        ("NVIDIA B200", "2.11.0", 8.125),
+        ("NVIDIA B200", "2.12.0", 32),
+        ("A100", "2.15.0", 8.125),
+    ],
+)
+def test_blackwell_has_the_workspace_of_hopper_since_torch_2_12(gpu: str, version: str, mebibytes: float):
+    """8 MiB and 128 KiB before."""
+    found = Behaviour.for_software(TRAINER.replace(gpu=gpu), {"torch": version}, family="llama")
+
+    assert mebibytes * (1 << 20) == found.cublas_workspace_bytes
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ first kernel of the order that takes a call runs it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,11 +15,13 @@ from memplan.errors import JobError
 
 TORCH = (2, 13)
 """The version that is planned for where none is named."""
+LATEST = (2, 15)
+"""The latest version that plans and traces were run beside (docs/tracing.md, Versions)."""
 AMPERE = (8, 0)
 
 CUDNN = {
     (2, 5): (9, 1), (2, 6): (9, 1), (2, 7): (9, 5), (2, 8): (9, 10), (2, 9): (9, 10), (2, 10): (9, 10),
-    (2, 11): (9, 19), (2, 12): (9, 20), (2, 13): (9, 20),
+    (2, 11): (9, 19), (2, 12): (9, 20), (2, 13): (9, 20), (2, 14): (9, 24), (2, 15): (9, 26),
 }  # fmt: skip
 """The cuDNN that torch's wheels on PyPI require, by torch; read from their metadata. A later torch has the last."""
 
@@ -160,7 +163,10 @@ class Target:
         return self._of_16_bits(call, limit=limit) or _broadcast(call)
 
     def _efficient(self, call: Call) -> str | None:
-        """The alignment is that of `minimum_gemm_alignment`; groups of heads come with a torch after 2.13."""
+        """
+        The alignment is that of `minimum_gemm_alignment`. Since torch 2.14 it takes groups of heads as well
+        (pytorch#191085), which is not planned: what its backward takes for them is not known here.
+        """
         half = call.dtype in ("float16", "bfloat16")
         if call.dtype == "bfloat16" and self.compute_capability < AMPERE:
             return f"takes no bfloat16 on {self.card}"
@@ -226,6 +232,17 @@ class Target:
                 "what its plans add is not public"
             )
         return tuple(notes)
+
+
+def later_than(known: tuple[int, int], version: str | None) -> bool:
+    """
+    Whether a version is of a later release than `known`; None is not.
+
+    >>> later_than((2, 13), "2.13.1+cpu"), later_than((2, 13), "2.14.0a0"), later_than((2, 13), None)
+    (False, True, False)
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) > known
 
 
 def _broadcast(call: Call) -> str | None:

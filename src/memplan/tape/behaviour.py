@@ -14,6 +14,7 @@ from memplan.tape.zero_groups import zero_stage
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (ATen/cuda/CublasHandlePool.cpp)."""
 CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
+"""On Hopper, and on Blackwell since torch 2.12."""
 CUBLASLT_WORKSPACE_BYTES = 1 << 20
 
 TRANSFORMERS = "5.23.0"
@@ -212,7 +213,22 @@ class Behaviour:
     The process has multiplied matrices, with a bias and in backward too, before it loads the model: cuBLAS has its
     workspaces.
     """
-    cublas_workspace_bytes: int = CUBLAS_WORKSPACE_BYTES
+
+    @property
+    def cublas_workspace_bytes(self) -> int:
+        """
+        What cuBLAS keeps per handle and stream: 32 MiB on sm90, since torch 2.12 on sm10x and sm12x as well
+        (pytorch#175344), and since 2.14 on sm11x (ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize; read off
+        the libraries of 2.11 to 2.15). From 2.15 on each product takes it and gives it back (pytorch#194311), which is
+        not planned: plans count what was kept before, and so no less.
+        """
+        large = {9}
+        if self.torch >= (2, 12):
+            large |= {10, 12}
+        if self.torch >= (2, 14):
+            large.add(11)
+        is_large = self.compute_capability[0] in large
+        return CUBLAS_WORKSPACE_BYTES_HOPPER if is_large else CUBLAS_WORKSPACE_BYTES
 
     @property
     def cublaslt_workspace_bytes(self) -> int:
@@ -257,9 +273,6 @@ class Behaviour:
             and job.parallel.strategy in ("NO_SHARD", "ZERO_3"),
             compute_capability=capability,
             attention_kernel=job.attention_kernel,
-            cublas_workspace_bytes=(
-                CUBLAS_WORKSPACE_BYTES_HOPPER if capability[0] == 9 else CUBLAS_WORKSPACE_BYTES
-            ),
         )
 
     @staticmethod

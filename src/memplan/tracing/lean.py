@@ -19,6 +19,8 @@ from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from memplan.preflight.environment import installed_torch_version
+from memplan.tape.backends import TORCH, later_than
 from memplan.tracing import model_names, sizes
 from memplan.tracing.lazy import Answers, Changes, asked, lazily
 
@@ -102,12 +104,18 @@ def without_the_unused(*, alone: bool = False) -> Iterator[None]:
     """
     Leave out what a trace does not use, as long as nobody has imported it; it comes when more is asked of it.
 
+    With a torch later than 2.13 nothing is left out, which takes longer: its modules import each other in another
+    order (2.15 reaches torch.fx from torch._logging), and which of them can wait was read up to 2.13.
+
     For a process of memplan's own: functions of torch and transformers that are decorated meanwhile stay as they
     are, so that compiling them later would not be what it is elsewhere.
 
     Args:
         alone: the job is of one process, and no other follows: process groups are left out for good.
     """
+    if later_than(TORCH, installed_torch_version()):
+        yield
+        return
     with ExitStack() as stack:
         changes: Changes = {model_names.IMPORT_UTILS: model_names.read_on_demand}
         if alone:

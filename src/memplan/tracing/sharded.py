@@ -59,9 +59,11 @@ class _Streams:
             """One stream."""
 
             device = META
+            device_index = device_type = 0
+            """Of CUDA's streams too; torch 2.15 hands them on (_fsdp_collectives.py, record_grad_output_stream)."""
 
             def __init__(self, *_: Any, **__: Any) -> None:
-                self.number = streams.count
+                self.number = self.stream_id = streams.count
                 streams.count += 1
 
             def wait_stream(self, other: Any) -> None:

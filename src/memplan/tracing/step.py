@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from memplan.budget.estimate import assemble, measure, measure_live
+from memplan.budget.notes import torch_notes
 from memplan.budget.result import ParameterCount, Result
 from memplan.errors import GpuError, TraceError
 from memplan.gpu.capacity import Capacity
@@ -169,6 +170,7 @@ def trace_run(
     tape = _tape(recorder, events)
     result = _result(tape, device, allocator or AllocatorSettings(), profile, parameters)
     result = result.with_warnings(
+        *torch_notes("trace"),
         *notes_on_run(recorder, target, phases, steps, is_known=profile is not None),
         *notes_on_models(models, is_compiled=bool(compiled)),
         *note_on_reference_code(replaced_packages),
