@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import product
 from statistics import quantiles
 from typing import Any
@@ -24,10 +23,10 @@ from benchmarks.compare import (
     TRACED,
     NeedRow,
     Row,
-    Run,
 )
 from benchmarks.peft_table import BEFORE, LONGEST, NOT_TRACED, load_runs
 from benchmarks.published import Case
+from benchmarks.replicas import too_low_note
 from benchmarks.summary import summarize
 from benchmarks.trace_cases import HIGHEST, LOWEST, NUM_ORDERS, load_traced_cases
 from memplan.budget.outside import NCCL_BYTES, non_torch_bytes
@@ -239,8 +238,6 @@ def traced_section(rows: Sequence[Row]) -> str:
     )
 
 
-REPLICAS = ("fsdpqlora-3090-7b-qlora-ddp-bs8-2048", "fsdpqlora-3090-7b-lora-ddp-bs4-2048")
-"""Complete jobs of high trust that are planned too low."""
 WITHIN = (0.0005, 0.001, 0.002, 0.0035)
 
 
@@ -278,7 +275,7 @@ def _standing_note(rows: Sequence[Row]) -> str:
             orders = (traced[row.case.id][which] for which in (LOWEST, HIGHEST))
             beside = (predicted - row.measured.bytes for predicted in (row.predicted_bytes, *orders))
             lines.append([f"`{row.case.id}`", *(f"{num_bytes / MiB:+.1f}" for num_bytes in beside)])
-    return _too_low_note(rows) + (
+    return too_low_note(rows) + (
         "Reserved memory of GPT-2 on a T4 (torch 2.11) is right to the byte: products with a bias run in cuBLASLt, for "
         "which torch 2.9 to 2.11 keeps 1 MiB beside cuBLAS's workspace, in a segment of 2 MiB. Without it the "
         "larger of the two would lack that segment.\n\n"
@@ -288,35 +285,6 @@ def _standing_note(rows: Sequence[Row]) -> str:
         f"{NUM_ORDERS} orders of the segments' addresses; what BERT holds beyond all of these was not found:\n\n"
         f"{_table(('run', 'predicted', 'lowest', 'highest'), lines, 3)}"
     )
-
-
-def _too_low_note(rows: Sequence[Row]) -> str:
-    """The complete jobs that are planned too low: replicas that FSDP1 keeps in step."""
-    qlora, lora = (
-        next((row for row in rows if row.case.id == name and row.measured.statistic == "reserved"), None)
-        for name in REPLICAS
-    )
-    if qlora is None or lora is None:
-        return ""
-    in_place = [
-        replace(row, predicted_bytes=predicted)
-        for row in (qlora, lora)
-        if (predicted := Run(row.case, replace(row.case.behaviour, adds_in_place=True)).predict("reserved"))
-    ]
-    return (
-        "Two reserved peaks are planned too low, both of replicas that FSDP1 keeps in step (NO_SHARD): "
-        f"{' and '.join(f'`{row.case.id}`, {row.error:+.2%} ({_beside(row)})' for row in (qlora, lora))}. "
-        "Read in fsdp_qlora and in torch 2.2, and excluded: gradients that are reduced in another dtype or cast for it "
-        "(no MixedPrecision is given), clipping (off), an optimizer other than foreach AdamW with states in bfloat16. "
-        "Planned already: gradients of the matrices wait for the stream that concatenates them. The second row depends "
-        "on peft, of which the source names no version: until 0.8.2 it adds an adapter's output in place. So planned "
-        f"the rows are off by {' and '.join(f'{row.error:+.2%}' for row in in_place)}: what the first one lacks "
-        "was not found.\n\n"
-    )
-
-
-def _beside(row: Row) -> str:
-    return f"{(row.predicted_bytes - row.measured.bytes) / MiB:+.0f} MiB"
 
 
 def _is_below_rounding(row: Row) -> bool:

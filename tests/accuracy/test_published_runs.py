@@ -24,6 +24,7 @@ from benchmarks.compare import (
 )
 from benchmarks.published import FILE, Case, Measurement, load_published
 from benchmarks.recorded import load_recorded
+from benchmarks.replicas import REPLICAS
 from benchmarks.summary import Summary, summarize
 from benchmarks.traced import load_traced_rows
 
@@ -135,7 +136,7 @@ def test_reserved_peaks_of_complete_cases(rows: list[Row]):
     assert 15 == summary.count
     assert summary.median < 0.01
     assert abs(summary.worst) < 0.01
-    assert len(report.REPLICAS) == summary.too_low
+    assert len(REPLICAS) == summary.too_low
 
 
 def test_no_reserved_peak_of_a_complete_job_is_below_the_measurement(rows: list[Row]):
@@ -148,20 +149,7 @@ def test_no_reserved_peak_of_a_complete_job_is_below_the_measurement(rows: list[
         if row.measured.bytes - row.predicted_bytes > 1 + row.measured.rounding_bytes
     }
 
-    assert {"fsdpqlora-3090-7b-lora-bs1-512": -0.1, **dict.fromkeys(report.REPLICAS, -0.7)} == below
-
-
-def test_replicas_under_fsdp1_depend_on_how_peft_adds():
-    """Of the two that are planned too low the second is right with peft before 0.9; the first is as it was."""
-    errors = []
-    for name in report.REPLICAS:
-        case = case_named(name)
-        in_place = dataclasses.replace(case.behaviour, adds_in_place=True)
-        predicted = Run(case, in_place).predict("reserved")
-        assert predicted is not None
-        errors.append(predicted / case.measured.bytes - 1)
-
-    assert [-0.0071, 0.0002] == pytest.approx(errors, abs=5e-5)
+    assert {"fsdpqlora-3090-7b-lora-bs1-512": -0.1, **dict.fromkeys(REPLICAS, -0.7)} == below
 
 
 @pytest.mark.parametrize(("name", "segments"), [("preflight-gpt2-b4-s128", 0), ("preflight-gpt2-b8-s256", 1)])
@@ -180,23 +168,6 @@ def test_the_workspace_of_products_with_a_bias_is_in_what_gpt2_reserved(name: st
     assert reserved.bytes - segments * 2 * MiB == later.predict("reserved")
     assert allocated is not None and without is not None
     assert MiB == allocated - without
-
-
-def test_the_mask_of_dropout_comes_before_its_output():
-    """
-    Both 4.48 runs that agree to the MiB on what is outside torch's allocator: plain LoRA, and with the Triton loss at
-    twice the batch, which with the mask behind the output would differ by the mask of a block's input, 128 MiB.
-    """
-    plain, fused = (
-        case_named(f"fms-main-mistral-7b-v0.1-{name}")
-        for name in ("none-lora-g1-bs4", "foak-fast-kernels-lora-g1-bs4")
-    )
-    fields = {**fused.fields, "micro_batch_size": 8}
-    published = Measurement("device", 41698 * MiB, "41698 MiB")  # a100_80gb.csv row 40
-    twice = dataclasses.replace(fused, fields=fields, measured=published, also_measured=())
-
-    outside = Run(plain, plain.behaviour).outside_bytes()
-    assert 1690 * MiB == outside == Run(twice, twice.behaviour).outside_bytes()
 
 
 def test_what_rounding_leaves_open():

@@ -39,7 +39,7 @@ from memplan.tape.sharding import GATHER_STREAM, Contents, Part, fill_shards, la
 from memplan.tape.targets import stack_adapter_shapes, targets, targets_stack
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
 from memplan.tape.token_rows import TokenRows
-from memplan.tape.wrapping import ToWrap, upcast_shards, wrap_units
+from memplan.tape.wrapping import ToWrap, add_rotary_tables, upcast_shards, wrap_units
 from memplan.tape.zero_groups import zero_stage
 
 
@@ -50,12 +50,10 @@ class Builder:
         self, g: Graph, job: Job, architecture: Architecture, layers: list[int], behaviour: Behaviour
     ) -> None:
         self.g = g
-        self.behaviour = behaviour
-        self.layers = layers
+        self.behaviour, self.layers = behaviour, layers
         self.layout = layout(job, g.device)
         self.contents = Contents(layers)
-        self.job = job
-        self.architecture = architecture
+        self.job, self.architecture = job, architecture
         self.full = job.method == "full"
         self.modules = layout_of(architecture)
         self.block_name = f"{self.modules.block_prefix}.{{layer}}"
@@ -260,7 +258,9 @@ class Builder:
         self.contents.sort()
         if self.flat and self.layout.gathers:
             cut_flat(self.contents, self.behaviour.rank, self.layout.optimizer, each=not self.full)
-        self.make_buckets(model)
+        if self.layout.replicas > 1 and not (self.layout.gathers or self.flat or job.method == "npt"):
+            depth = architecture.num_hidden_layers  # the gradients of NPT are added up by the trainer itself
+            model.buckets = Buckets(g, model.trainable, self.layers, depth, self.behaviour.clones_output)
         return model
 
     def buffers(self, buffers: Sequence[Buffer]) -> dict[str, Tensor]:
@@ -292,27 +292,10 @@ class Builder:
                 continue
             for item in module.parameters("", layer):
                 block.norms[item.name] = self.parameter(f"{self.block_name}.{item.name}", item.shape, layer)
-        self.rotary_tables(layer)
+        if dtype := self.behaviour.rotary_tables:
+            to_wrap = self.to_wrap if self.flat else None
+            add_rotary_tables(self.g, self.block_name, self.architecture, dtype, layer, to_wrap)
         return block
-
-    def rotary_tables(self, layer: int) -> None:
-        """Of a block that has its own, see `Behaviour.rotary_tables`."""
-        dtype, architecture = self.behaviour.rotary_tables, self.architecture
-        if dtype is None:
-            return
-        shape = (architecture.max_position_embeddings, architecture.head_dim)
-        for name in ("cos_cached", "sin_cached"):
-            part = Part(f"{self.block_name}.self_attn.rotary_emb.{name}", shape, dtype, dtype)
-            if self.flat:
-                self.to_wrap.append(ToWrap(layer, part, is_buffer=True))
-            else:
-                self.g.persistent.append(self.g.new(shape, dtype, part.name, "weights"))
-
-    def make_buckets(self, model: Model) -> None:
-        """NPT's gradients are added up by the trainer itself."""
-        if self.layout.replicas > 1 and not (self.layout.gathers or self.flat or self.job.method == "npt"):
-            num_layers, finds_unused = self.architecture.num_hidden_layers, self.behaviour.clones_output
-            model.buckets = Buckets(self.g, model.trainable, self.layers, num_layers, finds_unused)
 
     def keep_rows(self, weight: Parameter | None) -> None:
         """peft's copy of the rows that train, as they are before; it is cast where adapters are."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+from memplan.model.architecture import Architecture
 from memplan.tape.graph import Graph
 from memplan.tape.sharding import Part
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage
@@ -30,6 +31,24 @@ class ToWrap(NamedTuple):
     parameter: Parameter | None = None
     is_buffer: bool = False
     """It goes to the device and stays there, whole, outside the flat parameter."""
+
+
+def add_rotary_tables(
+    g: Graph,
+    block: str,
+    architecture: Architecture,
+    dtype: str,
+    layer: int,
+    to_wrap: list[ToWrap] | None,
+) -> None:
+    """Tables of a block that has its own (`Behaviour.rotary_tables`): to be wrapped with it, or on the device now."""
+    shape = (architecture.max_position_embeddings, architecture.head_dim)
+    for name in ("cos_cached", "sin_cached"):
+        part = Part(f"{block}.self_attn.rotary_emb.{name}", shape, dtype, dtype)
+        if to_wrap is None:
+            g.persistent.append(g.new(shape, dtype, part.name, "weights"))
+        else:
+            to_wrap.append(ToWrap(layer, part, is_buffer=True))
 
 
 def wrap_units(g: Graph, tensors: Sequence[ToWrap], layers: Sequence[int], degree: int) -> list[Storage]:
