@@ -288,7 +288,7 @@ def test_a_ready_jobs_data_is_relative_to_here(tmp_path: Path):
         ("method: full\nlora: {rank: 8, alpha: 16}", "`lora.rank` and `lora.alpha` have no effect"),
         ("method: lora\nquantization: {type: fp4}", "`quantization.type` has no effect with `method: lora`"),
         ("method: lora\nnpt: {rank: 8}", "only `npt` uses `npt`"),
-        ("dtype: bfloat16\nbf16: true", "`autocast: bfloat16` changes nothing"),
+        ("method: full\nbf16: true", "weights that train in bfloat16 have no float32 copy"),
         ("activation_offload: true", "has no effect without `activation_checkpointing`"),
         ("train: {max_steps: 10, warmup_steps: 10}", "never reaches its peak"),
     ],
@@ -298,6 +298,19 @@ def test_settings_without_effect_are_noted(text: str, note: str):
     (actual,) = load(f"model: gpt2\n{text}\n").notes
 
     assert note in actual
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "method: lora\nbf16: true",
+        "method: full\nbf16: true\nloop: hf_trainer\nparallel: {strategy: FULL_SHARD, dp_shard: 2}",
+        "method: full\ndtype: float32\nbf16: true",
+    ],
+)
+def test_autocast_that_has_an_effect_is_not_noted(text: str):
+    """Adapters are float32 by default, and accelerate makes float32 copies of what FSDP shards."""
+    assert () == load(f"model: gpt2\n{text}\n").notes
 
 
 @pytest.mark.parametrize(

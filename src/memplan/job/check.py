@@ -84,8 +84,12 @@ def notes_on(job: Job, given: Collection[str]) -> tuple[str, ...]:
     for name in ("npt.components", "npt.modulation_scale"):
         if job.method == "npt" and name != uses and name in given:
             notes.append(f"`{name}` has no effect with `npt.variant: {job.npt.variant}`")
-    if job.autocast == job.dtype:
-        notes.append(f"`autocast: {job.autocast}` changes nothing: the weights are {job.dtype} already")
+    upcasts = job.loop == "hf_trainer" and job.parallel.strategy != "NO_SHARD"  # accelerate does, under FSDP
+    if job.method == "full" and job.autocast == job.dtype and not upcasts:
+        notes.append(
+            f"weights that train in {job.dtype} have no float32 copy under `autocast: {job.autocast}`; mixed "
+            "precision is `dtype: float32` with it"
+        )
     if job.attention_kernel != "auto" and job.attention != "sdpa":
         notes.append(f"`attention_kernel` has no effect with `attention: {job.attention}`")
     if job.activation_offload and job.activation_checkpointing == "none":
