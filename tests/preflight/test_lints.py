@@ -48,6 +48,7 @@ CASES = [
     ("expandable-unsupported", {"platform": "wsl"}),
     ("expandable-unsupported", {"platform": "win32"}),
     ("caching-off", {"environ": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}),
+    ("later-torch", {"torch_version": "2.15.0+cu132"}),
     ("eager-kernels", {"environ": {"CUDA_MODULE_LOADING": "EAGER"}}),
     ("float16-weights", {"job": job(method="full", dtype="float16")}),
     ("float16-scaling", {"job": job(autocast="float16")}),

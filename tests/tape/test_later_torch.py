@@ -8,11 +8,10 @@ import pytest
 
 from memplan.budget.estimate import estimate
 from memplan.job.spec import Job
-from memplan.model.resolve import resolve_model
+from memplan.model.resolve import resolve_config, resolve_model
 from memplan.tape.backends import LATEST, TORCH
+from memplan.tracing.estimate import estimate_traced
 from memplan.tracing.lean import without_the_unused
-
-INSTALLED = "memplan.preflight.environment.installed_torch_version"
 
 
 @pytest.mark.parametrize(
@@ -24,13 +23,15 @@ INSTALLED = "memplan.preflight.environment.installed_torch_version"
         (f"{LATEST[0]}.{LATEST[1] + 1}.0", "which memplan was never run beside"),
     ],
 )
-def test_a_plan_names_a_later_torch_once(monkeypatch: pytest.MonkeyPatch, installed: str | None, said: str):
-    """None of that version and of the ones before."""
-    monkeypatch.setattr(INSTALLED, lambda: installed)
-    notes = estimate(Job(model="gpt2", max_seq_len=128), resolve_model("gpt2")).warnings
-    found = [note for note in notes if f"beside torch {installed}" in note]
+def test_a_trace_names_a_later_torch_once(monkeypatch: pytest.MonkeyPatch, installed: str | None, said: str):
+    """None of that version and of the ones before. A plan by shape does not look: it is of the job alone."""
+    monkeypatch.setattr("memplan.tracing.step_notes.installed_torch_version", lambda: installed)
+    job, config = Job(model="gpt2", max_seq_len=64), resolve_config("gpt2", offline=True).config
+    traced = estimate_traced(job, dict(config))[1].warnings
+    planned = estimate(job, resolve_model("gpt2")).warnings
 
-    assert [said] * bool(said) == [said for note in found if said in note]
+    assert [said] * bool(said) == [said for note in traced if f"with torch {installed}, {said}" in note]
+    assert not [note for note in planned if f"torch {installed}," in note]
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,7 @@ from memplan.budget.accuracy import error_band
 from memplan.budget.alive import Snapshot, snapshots, timeline
 from memplan.budget.count import count_parameters
 from memplan.budget.host import host_memory
-from memplan.budget.notes import (
-    accelerate_notes,
-    architecture_notes,
-    attention_notes,
-    torch_notes,
-    zero_notes,
-)
+from memplan.budget.notes import accelerate_notes, architecture_notes, attention_notes, zero_notes
 from memplan.budget.outside import non_torch_bytes
 from memplan.budget.result import Host, ParameterCount, Peak, PhaseLine, Result, TensorLine, highest_by
 from memplan.job.spec import AllocatorSettings, Job
@@ -256,7 +250,6 @@ def _top(state: Snapshot, written: WrittenTape) -> tuple[TensorLine, ...]:
 
 def _warnings(job: Job, context: str, engine: str) -> tuple[str, ...]:
     notes = [f"outside torch: {context}"] if context else []
-    notes += torch_notes(engine)
     if zero_stage(job) and engine == "shape":
         pass  # notes.zero_notes says how
     elif job.parallel.strategy.startswith("ZERO"):

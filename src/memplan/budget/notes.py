@@ -8,7 +8,7 @@ from memplan.job.problems import listed
 from memplan.job.spec import DTYPE_BYTES, Job
 from memplan.model.architecture import Architecture
 from memplan.model.families import layout
-from memplan.tape.backends import LATEST, TORCH, Target, later_than
+from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour, compute_capability
 from memplan.tape.targets import targets_stack, unused_names
 from memplan.tape.vocabulary import num_embeddings
@@ -25,24 +25,6 @@ from memplan.units import format_bytes
 def attention_notes(job: Job, target: Target) -> tuple[str, ...]:
     """Which kernel torch's attention ran in, whoever wrote the tape, and why."""
     return target.notes(is_known=compute_capability(job.gpu) is not None)
-
-
-def torch_notes(engine: str) -> tuple[str, ...]:
-    """Where the torch that is installed is later than the one that is planned for: what that means for the plan."""
-    from memplan.preflight.environment import installed_torch_version
-
-    installed = installed_torch_version()
-    if not later_than(TORCH, installed):
-        return ()
-    planned = "traced with" if engine == "trace" else f"planned for torch {TORCH[0]}.{TORCH[1]} beside"
-    latest = f"{LATEST[0]}.{LATEST[1]}"
-    known = (
-        f"which memplan was never run beside; {latest} is the latest that it was"
-        if later_than(LATEST, installed)
-        else "which is known not to do all on a GPU as it is planned: cuBLAS's workspaces, groups of heads in the "
-        "memory-efficient kernel"
-    )
-    return (f"{planned} torch {installed}, {known} (docs/tracing.md, Versions)",)
 
 
 def zero_notes(job: Job, architecture: Architecture) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from memplan.preflight.environment import (
     same_settings,
     variable_in_force,
 )
+from memplan.tape.backends import beyond_plans
 from memplan.units import format_bytes
 
 _LONG_SEQUENCE = 1024
@@ -136,6 +137,13 @@ def _environment(subject: Subject) -> Iterator[Lint]:
             "caching-off",
             "`PYTORCH_NO_CUDA_MEMORY_CACHING` turns the caching allocator off: slow, and not what is planned",
             "unset it",
+        )
+    beyond = beyond_plans(subject.torch_version)
+    if beyond is not None:
+        yield Lint(
+            "later-torch",
+            f"torch {subject.torch_version} is installed, {beyond}",
+            "see docs/tracing.md, Versions",
         )
     if environ.get("CUDA_MODULE_LOADING", "").upper() == "EAGER":
         # torch 2.1.1 on an A100: stas00/ml-engineering

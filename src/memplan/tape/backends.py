@@ -245,6 +245,18 @@ def later_than(known: tuple[int, int], version: str | None) -> bool:
     return numbers is not None and (int(numbers[1]), int(numbers[2])) > known
 
 
+def beyond_plans(installed: str | None) -> str | None:
+    """What a torch later than the one that is planned for means, in words that follow its name; None if it is not."""
+    if later_than(LATEST, installed):
+        return f"which memplan was never run beside; {LATEST[0]}.{LATEST[1]} is the latest that it was"
+    if later_than(TORCH, installed):
+        return (
+            "which is known not to do all on a GPU as it is planned: cuBLAS's workspaces, groups of heads in the "
+            "memory-efficient kernel"
+        )
+    return None
+
+
 def _broadcast(call: Call) -> str | None:
     return "takes no broadcast of key heads" if call.broadcast else None
 

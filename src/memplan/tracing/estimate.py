@@ -45,6 +45,7 @@ def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -
     from importlib.metadata import version
 
     from memplan.tracing.reference_code import note_on_reference_code
+    from memplan.tracing.step_notes import notes_on_torch
     from memplan.tracing.writer import trace_job
 
     try:
@@ -66,6 +67,7 @@ def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -
     host = host_of(job, traced.sizes)
     result = summarise(traced, job, engine=engine, host=host, parameters=parameters)
     return traced, result.with_warnings(
+        *notes_on_torch(),
         *attention_notes(job, traced.target),
         *accelerate_notes(job, Behaviour.for_job(job)),
         *_notes_on_class(config, traced.class_name),

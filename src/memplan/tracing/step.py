@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from memplan.budget.estimate import assemble, measure, measure_live
-from memplan.budget.notes import torch_notes
 from memplan.budget.result import ParameterCount, Result
 from memplan.errors import GpuError, TraceError
 from memplan.gpu.capacity import Capacity
@@ -35,7 +34,7 @@ from memplan.tracing.reference_code import note_on_reference_code, reference_cod
 from memplan.tracing.shadow import MAX_FLOATS, MAX_INTEGERS
 from memplan.tracing.sharded import current_streams
 from memplan.tracing.stand_in import on_meta, quant_constants
-from memplan.tracing.step_notes import notes_on_models, notes_on_run
+from memplan.tracing.step_notes import notes_on_models, notes_on_run, notes_on_torch
 from memplan.tracing.step_phases import StepPhases
 from memplan.tracing.user_code import (
     all_finite,
@@ -170,7 +169,7 @@ def trace_run(
     tape = _tape(recorder, events)
     result = _result(tape, device, allocator or AllocatorSettings(), profile, parameters)
     result = result.with_warnings(
-        *torch_notes("trace"),
+        *notes_on_torch(),
         *notes_on_run(recorder, target, phases, steps, is_known=profile is not None),
         *notes_on_models(models, is_compiled=bool(compiled)),
         *note_on_reference_code(replaced_packages),

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from memplan.tape.backends import Target
+from memplan.preflight.environment import installed_torch_version
+from memplan.tape.backends import Target, beyond_plans
 from memplan.tracing.recorder import Recorder
 from memplan.tracing.step_phases import StepPhases
+
+
+def notes_on_torch() -> tuple[str, ...]:
+    """Where the torch that traces is later than the one that is planned for."""
+    installed = installed_torch_version()
+    beyond = beyond_plans(installed)
+    return () if beyond is None else (f"traced with torch {installed}, {beyond} (docs/tracing.md, Versions)",)
 
 
 def notes_on_models(models: dict[str, nn.Module], *, is_compiled: bool) -> list[str]:
