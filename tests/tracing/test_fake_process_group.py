@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,24 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import memplan
 from memplan.errors import JobError, TraceError
 from tracing import sharded_steps
+from tracing.ranks import measured_peaks
 from tracing.sharded_steps import CASES, WORLD_SIZE, make
-
-ROOT = Path(memplan.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Peaks of rank 0, by case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, sharded_steps.__file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=subprocess.DEVNULL)
-        for rank in range(WORLD_SIZE)
-    ]
-    assert [rank.wait() for rank in ranks] == [0] * WORLD_SIZE
-    peaks: dict[str, int] = json.loads((folder / "peaks.json").read_text())
-    return peaks
+    return measured_peaks(sharded_steps.__file__, tmp_path_factory.mktemp("ranks"), WORLD_SIZE)
 
 
 def traced(name: str, device: str = "cpu", world_size: int = WORLD_SIZE) -> memplan.Trace:

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import memplan
 from memplan.errors import TraceError
 from memplan.tracing.writer import trace_job
 from tracing import trainer_ranks
 from tracing.comparison import compare
+from tracing.ranks import measured_peaks
 from tracing.tiny import CONFIGS, job
 from tracing.trainer_ranks import CASES, CONFIG, WORLD_SIZE, task_of
 
-FOLDERS = (Path(memplan.__file__).parent.parent, Path(trainer_ranks.__file__).parent.parent)
 FULL_SHARD = {"parallel__strategy": "FULL_SHARD", "parallel__dp_shard": 4}
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Peaks of rank 0, by case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, trainer_ranks.__file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=subprocess.DEVNULL)
-        for rank in range(WORLD_SIZE)
-    ]
-    assert [rank.wait() for rank in ranks] == [0] * WORLD_SIZE
-    peaks: dict[str, int] = json.loads((folder / "peaks.json").read_text())
-    return peaks
+    return measured_peaks(trainer_ranks.__file__, tmp_path_factory.mktemp("ranks"), WORLD_SIZE)
 
 
 def step_peak(traced: Any) -> int:
