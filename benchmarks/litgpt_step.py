@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memplan
-from benchmarks.litgpt import LitGpt
+from benchmarks.litgpt_runs import LitGpt
 from memplan.allocator import replay
 from memplan.job.spec import AllocatorSettings
 from memplan.tracing.replaced import replaced

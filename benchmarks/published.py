@@ -24,6 +24,11 @@ from memplan.model.resolve import resolve_config
 from memplan.tape.behaviour import Behaviour
 
 FILE = Path(__file__).parent / "data" / "published.json"
+NUM_ORDERS = 100
+LOWEST, HIGHEST = (
+    f"reserved, {which} of {NUM_ORDERS} orders of addresses" for which in ("lowest", "highest")
+)
+"""Beside the statistics of a script."""
 CONTEXT = "CUDA context"
 """A statistic: what the driver shows before torch has allocated anything."""
 

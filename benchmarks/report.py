@@ -29,10 +29,10 @@ from benchmarks.compare import (
 from benchmarks.fsdp1_runs import fsdp1_note
 from benchmarks.needs_page import need_section, outside_section
 from benchmarks.peft_table import BEFORE, LONGEST, NOT_TRACED, load_runs
-from benchmarks.published import Case
+from benchmarks.published import HIGHEST, LOWEST, NUM_ORDERS, Case
 from benchmarks.summary import summarize
 from benchmarks.tables import table
-from benchmarks.trace_cases import HIGHEST, LOWEST, NUM_ORDERS, load_traced_cases
+from benchmarks.trace_cases import load_traced_cases
 from benchmarks.unstated import Unstated, unstated_section
 from memplan.budget.outside import NCCL_BYTES
 from memplan.units import GiB, MiB

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.bert_2022 import classifier_step
 from benchmarks.gpt_from_scratch import language_step
-from benchmarks.published import CONTEXT, Case
-from benchmarks.trace_cases import HIGHEST, LOWEST, NUM_ORDERS
+from benchmarks.published import CONTEXT, HIGHEST, LOWEST, NUM_ORDERS, Case
 from memplan.allocator import CachingAllocator
 from memplan.allocator.replay import follow
 from memplan.allocator.segments import Pool

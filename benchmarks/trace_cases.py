@@ -19,11 +19,6 @@ from memplan.model.resolve import resolve_config
 
 FILE = Path(__file__).parent / "data" / "traced_cases.json"
 TRANSFORMERS = "5."
-NUM_ORDERS = 100
-LOWEST, HIGHEST = (
-    f"reserved, {which} of {NUM_ORDERS} orders of addresses" for which in ("lowest", "highest")
-)
-"""Beside the statistics of a script."""
 
 
 def can_trace(case: Case) -> bool:

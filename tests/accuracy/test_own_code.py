@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from benchmarks.clones import read_traced
 from benchmarks.compare import LITGPT, OTHER, TITAN, TORCHTUNE, Run, compare
-from benchmarks.litgpt import RUNS as LITGPTS
+from benchmarks.litgpt_runs import RUNS as LITGPTS
 from benchmarks.peft_table import installed_versions
 from benchmarks.published import load_published
 from benchmarks.titan import FILE as TITAN_FILE

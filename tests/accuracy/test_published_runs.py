@@ -21,7 +21,7 @@ from benchmarks.compare import (
     compare,
     compare_need,
 )
-from benchmarks.litgpt import RUNS as LITGPTS
+from benchmarks.litgpt_runs import RUNS as LITGPTS
 from benchmarks.published import FILE, Case, Measurement, load_published
 from benchmarks.recorded import load_recorded
 from benchmarks.summary import Summary, summarize

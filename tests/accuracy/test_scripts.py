@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 import torch
 from benchmarks.compare import SCRIPTED, Row
-from benchmarks.published import load_published
+from benchmarks.published import HIGHEST, LOWEST, load_published
 from benchmarks.scripts import SCRIPTS, trace_script
-from benchmarks.trace_cases import HIGHEST, LOWEST, load_traced_cases
+from benchmarks.trace_cases import load_traced_cases
 from benchmarks.traced import load_traced_rows
 
 from memplan.units import MiB

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from memplan.model.families.layout import Module
 from memplan.npt.layers import check_target, modulator_shapes
+from memplan.tape.builder import Builder
 from memplan.tape.experts import Stack, StackAdapter
 from memplan.tape.linear import Adapter, Linear
 from memplan.tape.parts import Model, NptModulator
 from memplan.tape.targets import copies, stack_adapter_shapes, targets, targets_stack
 from memplan.tape.tensors import Parameter
 from memplan.tape.token_rows import TokenRows
-
-if TYPE_CHECKING:
-    from memplan.tape.model import Builder
 
 
 def _rows(builder: Builder, weight: Parameter, model: Model) -> TokenRows:

@@ -1,344 +1,104 @@
 """
-The model as the programs run it: parameters in device memory, linear layers with their adapters, blocks.
-
-`build` allocates in the order of loading: the base weights in module order, 4-bit layers packed one by one, then what
-the method adds. Where FSDP2 cuts the model, shards come first, all of them, and are filled then. Only the blocks asked
-for are built (repeat.py), each under its own index.
+A whole model in the order of loading: the base weights in module order, 4-bit layers packed one by one, then what the
+method adds. Where FSDP2 cuts the model, shards come first, all of them, and are filled then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
-
-from memplan.job.spec import Job
-from memplan.model.architecture import Architecture, Buffer
-from memplan.model.families import layout as layout_of
-from memplan.model.families.layout import Module
-from memplan.tape.accelerate_loading import WholeUnits, broadcast
+from memplan.tape.accelerate_loading import broadcast
 from memplan.tape.added import attach_adapters, attach_npt
-from memplan.tape.behaviour import Behaviour
+from memplan.tape.builder import Builder
 from memplan.tape.checkpoint_size import checkpoint_bytes
-from memplan.tape.cut_late import Uncut
 from memplan.tape.ddp import Buckets
-from memplan.tape.experts import Stack
 from memplan.tape.fsdp1 import cut_flat
-from memplan.tape.fsdp2_accelerate import shard_of
-from memplan.tape.graph import Graph
 from memplan.tape.linear import Linear
-from memplan.tape.packing import (
-    make_map,
-    pack,
-    packed_form,
-    packs,
-    packs_module,
-    prepare_kbit,
-)  # fmt: skip
-from memplan.tape.parts import Block, LinearSpec, Model, linear_spec
-from memplan.tape.sharding import GATHER_STREAM, Contents, Part, fill_shards, layout, shard_shape
+from memplan.tape.packing import make_map, packs_module, prepare_kbit
+from memplan.tape.parts import Model, linear_spec
+from memplan.tape.sharding import GATHER_STREAM, fill_shards
 from memplan.tape.targets import copies
-from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
-from memplan.tape.wrapping import ToWrap, add_buffer, add_rotary_tables, upcast_shards, wrap_units
-from memplan.tape.zero_groups import zero_stage
+from memplan.tape.wrapping import upcast_shards, wrap_units
 
 
-class Builder:
-    """Allocates a model for a job in a graph."""
+def build_model(builder: Builder, npt_layers: frozenset[int], checkpointed: frozenset[int]) -> Model:
+    """`npt_layers` and `checkpointed`: indices of blocks."""
+    g, job, architecture, modules = builder.g, builder.job, builder.architecture, builder.modules
+    behaviour, layout = builder.behaviour, builder.layout
+    g.begin("load")
+    if behaviour.loads_on_device:
+        room = checkpoint_bytes(architecture, job.dtype, lambda module: packs_module(job, module))
+        g.scratch(room, name="room for the model's weights")
+    tokens, *positions = modules.before
+    outside = builder.outer((tokens,))
+    embedding = next(iter(outside.values()))
+    builder.keep_rows(embedding)
+    of_tokens = [buffer for buffer in modules.buffers if buffer.name.startswith(f"{tokens.name}.")]
+    others = [buffer for buffer in modules.buffers if buffer not in of_tokens]
+    buffers = builder.buffers(of_tokens)
+    if copies(job, tokens.name):
+        g.persistent += builder.buffers(of_tokens).values()
+    outside |= builder.outer(tuple(positions))
+    if modules.buffers_before_blocks:
+        buffers |= builder.buffers(others)
+    if not builder.cuts_packed:
+        make_map(g, job)
+    blocks = [builder.block(layer, layer in checkpointed) for layer in builder.layers]
+    g.begin("load_rest")
+    *after, head_module = modules.after
+    linears = {}
+    for module in after:
+        if module.role == "linear":
+            linears[module.name] = builder.linear(linear_spec(module), None, "")
+        else:
+            outside |= builder.outer((module,))
+    if not modules.buffers_before_blocks:
+        buffers |= builder.buffers(others)
+    spec = linear_spec(head_module)
+    head = Linear(spec.path, spec.in_features, spec.out_features, embedding, dtype=job.dtype)
+    head.bias = outside.get(modules.head_bias)
+    if not architecture.tie_word_embeddings:
+        head = builder.linear(spec, None, "")
+        builder.keep_rows(head.weight)
+    model = Model(architecture, blocks, embedding, head, outside, buffers, linears)
+    _attach_and_cut(builder, model)
+    fill_shards(g, builder.whole)
+    attach_npt(builder, model, npt_layers)
+    if builder.flat:
+        g.flat_gradients = None if layout.gathers else GATHER_STREAM
+        shards = wrap_units(g, builder.to_wrap, builder.layers, layout.parameters)
+        builder.wrapped = upcast_shards(g, builder.to_wrap, builder.layers, layout.parameters, shards)
+        g.persistent += shards
+    if builder.full:
+        model.trainable = list(builder.base)
+    builder.contents.sort()
+    if builder.flat and layout.gathers:
+        cut_flat(builder.contents, behaviour.rank, layout.optimizer, each=not builder.full)
+    if layout.replicas > 1 and not (layout.gathers or builder.flat or job.method == "npt"):
+        depth = architecture.num_hidden_layers  # the gradients of NPT are added up by the trainer itself
+        if job.loop == "hf_trainer":
+            broadcast(g, builder.sent, builder.layers)
+        model.buckets = Buckets(g, model.trainable, builder.layers, depth, behaviour.clones_output)
+    return model
 
-    def __init__(
-        self, g: Graph, job: Job, architecture: Architecture, layers: list[int], behaviour: Behaviour
-    ) -> None:
-        self.g = g
-        self.behaviour, self.layers = behaviour, layers
-        self.layout = layout(job, g.device)
-        self.contents = Contents(layers)
-        self.job, self.architecture = job, architecture
-        self.full = job.method == "full"
-        self.modules = layout_of(architecture)
-        self.block_name = f"{self.modules.block_prefix}.{{layer}}"
-        self.base: list[Parameter] = []
-        self.originals: dict[str, Tensor] = {}
-        self.flat = behaviour.fsdp1 and not self.layout.params_on_host
-        """FSDP1: the model is loaded on the host, and comes to the device unit by unit when it is wrapped."""
-        self.to_wrap: list[ToWrap] = []
-        self.wrapped: dict[int | None, list[Storage]] = {}
-        # Ranks that every tensor is cut over by itself: stage 3 of ZeRO; 0 for none.
-        self.partition_degree = job.parallel.dp_shard if zero_stage(job) == 3 else 0
-        self.is_prepared = job.method == "qlora" and job.quantization.kbit_preparation
-        self.cuts_late = self.layout.gathers and job.parallel.strategy == "ZERO_3"  # tape/cut_late.py
-        self.cuts = self.layout.gathers and not self.flat and not self.cuts_late
-        """FSDP2: tensors have memory for a part of them before they are filled."""
-        self.cuts_whole = self.cuts and behaviour.accelerate_fsdp2
-        """As FSDP2, but of a model that has been whole before: under accelerate (tape/accelerate_loading.py)."""
-        self.cuts_packed = self.cuts and not self.cuts_whole
-        self.shards_packed = (self.layout.gathers or self.flat) and not (
-            behaviour.accelerate_fsdp2 and job.quantization.storage == "uint8"
+
+def _attach_and_cut(builder: Builder, model: Model) -> None:
+    """What the method adds, before or after what is loaded is prepared for training and cut."""
+    g = builder.g
+    if builder.cuts_whole:
+        if builder.is_prepared:
+            builder.whole_units.prepare()
+        attach_adapters(builder, model)
+        held = model.trainable[-1:]  # by the optimizer's loop
+        builder.whole_units.cut(
+            builder.layers, [weight for weight in (model.embedding, model.head.weight) if weight] + held
         )
-        """Packed weights are in the units, and not whole on every rank."""
-        self.keeps_packed = not self.flat and (not self.shards_packed or self.cuts_late or self.cuts_whole)
-        if self.layout.params_on_host and self.shards_packed:
-            self.keeps_packed = False
-        self.base_dtype = "float32" if self.is_prepared and (self.cuts or self.cuts_late) else job.dtype
-        """Of what is not packed: peft prepares a model before FSDP2 cuts it, and a whole one when it is loaded."""
-        self.parameters: list[Parameter] = []
-        self.to_pack: list[tuple[int | None, str, Linear]] = []
-        """4-bit layers that have shards, and are to be packed: block, name, and the layer."""
-        self.uncut = Uncut(g, self.layout)
-        """What is whole, with `cuts_late`."""
-        self.whole_units = WholeUnits(g, on_device=job.has_4bit_base or g.device == "cpu")
-        """The same with `cuts_whole`."""
-        self.sent: list[tuple[int | None, Part]] = []
-        """Every tensor of the model by block, which DDP broadcasts."""
-        self.packed_shapes: dict[tuple[int, ...], int | None] = {}
-        """Of sharded 4-bit layers, (out, in) and the block of the first one."""
-        self.whole: dict[str, list[int]] = {}
-        """Tensors that are whole for a moment on their way into shards, with what making them takes."""
-
-    def parameter(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        layer: int | None,
-        *,
-        dtype: str | None = None,
-        trainable: bool | None = None,
-        category: str = "weights",
-        whole: bool = False,
-    ) -> Parameter:
-        """
-        `whole`: on every rank, whatever is done to the others, as NPT's tensors are (memplan.train.parallel).
-
-        What is gathered has the dtype that is computed with; under accelerate without mixed precision, its own.
-        """
-        g, cut = self.g, 1 if whole else self.layout.parameters
-        made: Tensor | None = None
-        unit, stored = layer, dtype or self.base_dtype
-        trains = self.full if trainable is None else trainable
-        given = (trains and self.behaviour.wrapped_dtype) or stored
-        stored = "float32" if self.behaviour.upcasts_flat and trains else stored
-        if self.behaviour.accelerate_fsdp2:
-            unit, stored = shard_of(self.job, self.architecture, name, layer, stored, trains=trains)
-        local = shard_shape(shape, cut)
-        if self.partition_degree:  # whole when made, then cut by itself (partition_parameters.py, Init)
-            local = (-(-prod(shape) // self.partition_degree),)
-            made = g.new(shape, stored, f"{name} before it is cut", "workspace")
-        late = self.cuts_late and not whole
-        arrives = self.cuts_whole and not whole
-        if (self.layout.params_on_host or self.flat or arrives) and not whole and not late:
-            storage = Storage([], 0)  # in host memory, not on the tape
-        else:
-            kept = shape if late else local
-            storage = g.storage(prod(kept) * ITEMSIZE[stored], name, stored, kept, category)
-        del made
-        parameter = Parameter(name, shape, stored, storage, layer, trains)
-        if late:
-            self.uncut.add(parameter, local, category)
-        if self.layout.gathers and not whole:
-            keeps_own = self.behaviour.fsdp1 or self.behaviour.accelerate_fsdp2
-            parameter.dtype = self.job.autocast or (stored if keeps_own else self.job.dtype)
-            self.contents.parts.setdefault(unit, []).append(Part(name, shape, stored, parameter.dtype))
-        if self.flat and not whole:
-            self.to_wrap.append(ToWrap(layer, Part(name, shape, given, given), parameter))
-        if trains and not whole:
-            self.contents.trainable.setdefault(unit, []).append(parameter)
-        parameter.local_shape = shard_shape(shape, 1 if whole else self.layout.optimizer)
-        parameter.stored_dtype = stored
-        if arrives and not self.layout.params_on_host:
-            loaded = self.job.dtype if self.is_prepared and category == "weights" else stored
-            self.whole_units.add(unit, parameter, local, category, dtype=loaded)
-        self.parameters.append(parameter)
-        self.sent.append((layer, Part(name, shape, stored, stored)))
-        if category == "weights":
-            self.base.append(parameter)
-            if self.layout.gathers and self.job.weights == "random" and not (late or arrives):
-                self.whole[name] = [prod(shape) * ITEMSIZE[stored]]
-        return parameter
-
-    def linear(self, spec: LinearSpec, layer: int | None, prefix: str) -> Linear:
-        job = self.job
-        name = f"{prefix}.{spec.path}" if prefix else spec.path
-        shape = (spec.out_features, spec.in_features)
-        shape = shape[::-1] if spec.transposed else shape
-        quantized = packs(job, spec.path)
-        linear = Linear(
-            name=spec.path,
-            in_features=spec.in_features,
-            out_features=spec.out_features,
-            weight=None,
-            dtype=job.dtype,
-            conv=spec.transposed,
-            transposes=self.architecture.family == "falcon" and layer is not None,
-            quantized=quantized,
-            double_quant=job.quantization.double_quant,
-            keeps_input=self.behaviour.keeps_4bit_input,
-            adds_in_place=self.behaviour.adds_in_place,
-        )
-        if quantized and self.cuts_whole and job.quantization.double_quant:
-            self.whole_units.add_code(layer, name)
-        if quantized and self.shards_packed:
-            part = self.packed_shard(name, shape, layer)
-            if self.cuts_whole and not self.layout.params_on_host:
-                self.whole_units.add_packed(layer, linear, part, self.layout.parameters)
-        if quantized and self.cuts_late:
-            self.uncut.add_packed(layer, linear)
-        if quantized and self.cuts_packed:
-            self.to_pack.append((layer, name, linear))
-        elif quantized:
-            count, dtype = packed_form(job, prod(shape), self.behaviour.torch)
-            self.sent.append((layer, Part(name, (count,), dtype, dtype)))
-            linear.held = pack(
-                self.g, job, name, shape, transposed=spec.transposed,
-                on_device=not self.flat, keeps_packed=self.keeps_packed,
-            )  # fmt: skip
-        else:
-            linear.weight = self.parameter(f"{name}.weight", shape, layer)
-        if spec.bias:
-            linear.bias = self.parameter(f"{name}.bias", (spec.out_features,), layer)
-        return linear
-
-    def packed_shard(self, name: str, shape: tuple[int, ...], layer: int | None) -> Part:
-        """This rank's part of a packed weight, which has its memory before it is filled."""
-        self.packed_shapes.setdefault(shape, layer)
-        torch = (2, 13) if self.flat else self.behaviour.torch  # FSDP1 is not memplan's own
-        length, dtype = packed_form(self.job, prod(shape), torch)
-        part = Part(name, (length,), dtype, dtype)
-        self.contents.parts.setdefault(layer, []).append(part)
-        if self.flat:
-            self.to_wrap.append(ToWrap(layer, part))
-        elif not self.layout.params_on_host and not self.cuts_late and not self.cuts_whole:
-            local = shard_shape(part.shape, self.layout.parameters)
-            self.g.persistent.append(self.g.new(local, dtype, f"{name} packed weight", "weights"))
-        return part
-
-    def fill_packed_shards(self) -> None:
-        """Every weight is packed whole; a rank copies its part of that, and keeps all constants (train/skeleton.py)."""
-        if self.cuts_packed:
-            make_map(self.g, self.job)
-        self.g.begin("load_packed")
-        for layer, name, linear in self.to_pack:
-            self.g.enter(layer)
-            shape = (linear.out_features, linear.in_features)
-            linear.held = pack(self.g, self.job, name, shape, transposed=linear.conv)[1:]
-        self.g.enter(None)
-        self.to_pack.clear()
-
-    def build(self, npt_layers: frozenset[int], checkpointed: frozenset[int]) -> Model:
-        g, job, architecture, modules = self.g, self.job, self.architecture, self.modules
-        g.begin("load")
-        if self.behaviour.loads_on_device:
-            room = checkpoint_bytes(architecture, job.dtype, lambda module: packs_module(job, module))
-            g.scratch(room, name="room for the model's weights")
-        tokens, *positions = modules.before
-        outside = self.outer((tokens,))
-        embedding = next(iter(outside.values()))
-        self.keep_rows(embedding)
-        of_tokens = [buffer for buffer in modules.buffers if buffer.name.startswith(f"{tokens.name}.")]
-        others = [buffer for buffer in modules.buffers if buffer not in of_tokens]
-        buffers = self.buffers(of_tokens)
-        if copies(job, tokens.name):
-            g.persistent += self.buffers(of_tokens).values()
-        outside |= self.outer(tuple(positions))
-        if modules.buffers_before_blocks:
-            buffers |= self.buffers(others)
-        if not self.cuts_packed:
-            make_map(g, job)
-        blocks = [self.block(layer, layer in checkpointed) for layer in self.layers]
-        g.begin("load_rest")
-        *after, head_module = modules.after
-        linears = {}
-        for module in after:
-            if module.role == "linear":
-                linears[module.name] = self.linear(linear_spec(module), None, "")
-            else:
-                outside |= self.outer((module,))
-        if not modules.buffers_before_blocks:
-            buffers |= self.buffers(others)
-        spec = linear_spec(head_module)
-        head = Linear(spec.path, spec.in_features, spec.out_features, embedding, dtype=self.job.dtype)
-        head.bias = outside.get(modules.head_bias)
-        if not architecture.tie_word_embeddings:
-            head = self.linear(spec, None, "")
-            self.keep_rows(head.weight)
-        model = Model(architecture, blocks, embedding, head, outside, buffers, linears)
-        if self.cuts_whole:
-            if self.is_prepared:
-                self.whole_units.prepare()
-            attach_adapters(self, model)
-            held = model.trainable[-1:]  # by the optimizer's loop
-            self.whole_units.cut(
-                self.layers, [weight for weight in (model.embedding, head.weight) if weight] + held
-            )
-        elif self.cuts:
-            attach_adapters(self, model)
-            self.fill_packed_shards()
-        elif self.cuts_late:
-            self.uncut.cut("load_cut")
-            attach_adapters(self, model)
-            self.uncut.cut("load_cut adapters")
-        else:
-            if self.is_prepared:
-                prepare_kbit(g, self.base, casts_back=self.behaviour.casts_embedding_back)
-            attach_adapters(self, model)
-        fill_shards(g, self.whole)
-        attach_npt(self, model, npt_layers)
-        if self.flat:
-            g.flat_gradients = None if self.layout.gathers else GATHER_STREAM
-            shards = wrap_units(g, self.to_wrap, self.layers, self.layout.parameters)
-            self.wrapped = upcast_shards(g, self.to_wrap, self.layers, self.layout.parameters, shards)
-            g.persistent += shards
-        if self.full:
-            model.trainable = list(self.base)
-        self.contents.sort()
-        if self.flat and self.layout.gathers:
-            cut_flat(self.contents, self.behaviour.rank, self.layout.optimizer, each=not self.full)
-        if self.layout.replicas > 1 and not (self.layout.gathers or self.flat or job.method == "npt"):
-            depth = architecture.num_hidden_layers  # the gradients of NPT are added up by the trainer itself
-            if job.loop == "hf_trainer":
-                broadcast(g, self.sent, self.layers)
-            model.buckets = Buckets(g, model.trainable, self.layers, depth, self.behaviour.clones_output)
-        return model
-
-    def buffers(self, buffers: Sequence[Buffer]) -> dict[str, Tensor]:
-        """By name."""
-        return {
-            buffer.name: self.g.new(buffer.shape, buffer.dtype or self.job.dtype, buffer.name, "weights")
-            for buffer in buffers
-        }
-
-    def outer(self, modules: tuple[Module, ...]) -> dict[str, Parameter]:
-        """Parameters of modules outside the blocks, by name."""
-        return {
-            item.name: self.parameter(item.name, item.shape, None)
-            for module in modules
-            for item in module.parameters("", None)
-        }
-
-    def block(self, layer: int, checkpointed: bool) -> Block:
-        self.g.enter(layer)
-        block = Block(layer, {}, {}, checkpointed=checkpointed)
-        to_wrap = self.to_wrap if self.flat else None
-        for module in self.modules.block:
-            if module.role == "linear":
-                block.linears[module.name] = self.linear(linear_spec(module), layer, self.block_name)
-            elif module.role in ("router", "experts"):
-                (item,) = module.parameters("", layer)
-                weight = self.parameter(f"{self.block_name}.{item.name}", item.shape, layer)
-                block.stacks[module.name] = Stack(module.name, weight)
-            else:
-                for item in module.parameters("", layer):
-                    block.norms[item.name] = self.parameter(
-                        f"{self.block_name}.{item.name}", item.shape, layer
-                    )
-            for name, shape in module.buffers_behind:
-                add_buffer(self.g, f"{self.block_name}.{name}", shape, self.job.dtype, layer, to_wrap)
-        if dtype := self.behaviour.rotary_tables:
-            add_rotary_tables(self.g, self.block_name, self.architecture, dtype, layer, to_wrap)
-        return block
-
-    def keep_rows(self, weight: Parameter | None) -> None:
-        """peft's copy of the rows that train, as they are before; it is cast where adapters are."""
-        if self.job.trained_tokens and weight is not None:
-            shape = (self.job.trained_tokens, weight.shape[-1])
-            dtype = "float32" if self.job.lora.dtype == "float32" else weight.stored_dtype
-            name = f"{weight.name.removesuffix('.weight')} rows before training"
-            self.originals[weight.name] = self.g.new(shape, dtype, name, "weights")
+    elif builder.cuts:
+        attach_adapters(builder, model)
+        builder.fill_packed_shards()
+    elif builder.cuts_late:
+        builder.uncut.cut("load_cut")
+        attach_adapters(builder, model)
+        builder.uncut.cut("load_cut adapters")
+    else:
+        if builder.is_prepared:
+            prepare_kbit(g, builder.base, casts_back=builder.behaviour.casts_embedding_back)
+        attach_adapters(builder, model)

@@ -13,6 +13,7 @@ from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 from memplan.model.families import REMOTE_CODE
 from memplan.tape.behaviour import Behaviour
+from memplan.tape.builder import Builder
 from memplan.tape.encoders import refuse_for_encoder
 from memplan.tape.fsdp1 import Fsdp1Units
 from memplan.tape.fsdp2 import Fsdp2Units
@@ -20,7 +21,7 @@ from memplan.tape.fsdp2_accelerate import AccelerateUnits
 from memplan.tape.graph import Graph
 from memplan.tape.hooks import Units
 from memplan.tape.loop import Loop, Optimizer, Recording
-from memplan.tape.model import Builder
+from memplan.tape.model import build_model
 from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.packing import refuse_left_in_16_bits
 from memplan.tape.parts import Model
@@ -79,7 +80,7 @@ def record(
     builder = Builder(g, job, architecture, layers, behaviour)
     checkpointed = checkpointed_layers(job, architecture.num_hidden_layers)
     converted = npt_layers(job, architecture)
-    model = builder.build(converted, checkpointed)
+    model = build_model(builder, converted, checkpointed)
     g.units = None if zero_stage(job) else _units(g, job, builder, behaviour)
     if isinstance(g.units, Fsdp2Units) and job.method == "qlora" and builder.cuts:
         _check_packed_shards(g, g.units, builder)

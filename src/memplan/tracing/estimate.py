@@ -74,9 +74,9 @@ def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -
 
 def _refusal(job: Job, config: dict[str, Any], device: str, error: Exception) -> TraceError:
     """What to say, and to do, about a model whose code ends with an error of its own."""
-    from memplan.tracing.dtypes import is_of_dtypes, runs_in_float32
+    from memplan.tracing.dtypes import is_of_dtypes
 
-    if job.dtype != "float32" and is_of_dtypes(error) and runs_in_float32(job, config, device):
+    if job.dtype != "float32" and is_of_dtypes(error) and _runs_in_float32(job, config, device):
         return TraceError(
             f"the code of `{job.model}` does not run with weights in {job.dtype}: {_reason(error)}",
             hint="use `--set dtype=float32`, with which it runs",
@@ -87,6 +87,17 @@ def _refusal(job: Job, config: dict[str, Any], device: str, error: Exception) ->
         if is_supported(config)
         else "`memplan record` measures a few real steps of it",
     )
+
+
+def _runs_in_float32(job: Job, config: dict[str, Any], device: str) -> bool:
+    """Whether the same job is traced with weights in float32."""
+    from memplan.tracing.writer import trace_job
+
+    try:
+        trace_job(job.replace(dtype="float32"), config, device=device)
+    except Exception:
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:
