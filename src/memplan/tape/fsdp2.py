@@ -108,15 +108,19 @@ class Fsdp2Units:
             return
         g = self.g
         g.begin(f"{g.group} end")
-        for layer in (None, *self.contents.layers):
-            g.enter(layer)
-            if layer is None or layer in self.unsharded or self.contents.with_gradients(layer):
+        for layer in self.units():
+            g.enter(layer if layer in self.contents.layers else None)
+            if layer in self.unsharded or self.contents.with_gradients(layer):
                 self._post_backward(layer)
             self.gathered.pop(layer, None)
             self.all_reduced.pop(layer, None)
         g.enter(None)
         self.reducing = None
         self.order.clear()
+
+    def units(self) -> tuple[int | None, ...]:
+        """In the order of the modules, the root first."""
+        return (None, *self.contents.layers)
 
     def _post_backward(self, layer: int | None) -> None:
         """FSDPParamGroup.post_backward: parameters go, the last unit's buffer too, gradients are reduced."""

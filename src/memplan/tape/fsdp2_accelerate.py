@@ -81,19 +81,8 @@ class AccelerateUnits(Fsdp2Units):
         """Backward goes from the head to the blocks by the input of the unit that comes last."""
         super().leave_backward(TAIL if layer is None else layer)
 
-    def end_backward(self) -> None:
-        """In the order of the modules."""
-        g = self.g
-        g.begin(f"{g.group} end")
-        for layer in (None, EMBEDDING, *self.contents.layers, TAIL):
-            g.enter(None if layer in (EMBEDDING, TAIL) else layer)
-            if layer in self.unsharded or self.contents.with_gradients(layer):
-                self._post_backward(layer)
-            self.gathered.pop(layer, None)
-            self.all_reduced.pop(layer, None)
-        g.enter(None)
-        self.reducing = None
-        self.order.clear()
+    def units(self) -> tuple[int | None, ...]:
+        return (None, EMBEDDING, *self.contents.layers, TAIL)
 
     def _post_backward(self, layer: int | None) -> None:
         if self.is_last:
