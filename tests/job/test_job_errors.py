@@ -246,9 +246,21 @@ def test_a_bad_value_does_not_cause_a_second_problem():
 @pytest.mark.parametrize(
     ("source", "message", "hint"),
     [
-        ("npt-lama-8b", "there is no job file or ready job `npt-lama-8b`", "did you mean `npt-llama-8b`?"),
-        ("NPT-GPT2", "there is no job file or ready job `NPT-GPT2`", "did you mean `npt-gpt2`?"),
-        ("zzzz", "there is no job file or ready job `zzzz`", "`memplan jobs` lists the ready jobs"),
+        (
+            "npt-lama-8b",
+            "there is no job file, ready job or model `npt-lama-8b`",
+            "did you mean `npt-llama-8b` or `",
+        ),
+        (
+            "NPT-GPT2",
+            "there is no job file, ready job or model `NPT-GPT2`",
+            "did you mean `npt-gpt2` or `gpt2`?",
+        ),
+        (
+            "zzzz",
+            "there is no job file, ready job or model `zzzz`",
+            "`memplan jobs` and `memplan models` list the names",
+        ),
         ("jobs/zzzz.yaml", "there is no job file `jobs/zzzz.yaml`", "check the path"),
         ("./lora-fsdp-9k.yaml", "there is no job file `lora-fsdp-9k.yaml`", "did you mean `lora-fsdp-"),
         (
@@ -257,10 +269,9 @@ def test_a_bad_value_does_not_cause_a_second_problem():
             "check the path",
         ),
         ("", "`.` is a folder, not a job file", "`./job.yaml`"),
-        ("gpt2", "there is no job file or ready job `gpt2`", "a model is named by `--model gpt2`"),
-        ("nobody/nothing-7B", "there is no job file `nobody/nothing-7B`", "`--model nobody/nothing-7B`"),
+        ("gpt22", "there is no job file, ready job or model `gpt22`", "did you mean `npt-gpt2` or `gpt2`"),
+        ("folder/nothing-7B", "there is no job file `folder/nothing-7B`", "check the path"),
         ("nobody/nothing.yml", "there is no job file `nobody/nothing.yml`", "check the path"),
-        ("model", "`model` is a folder, not a job file", "a model is named by `--model model`"),
         ("folder", "`folder` is a folder, not a job file", "`folder/job.yaml`"),
         ("folder.yaml", "`folder.yaml` is a folder, not a job file", "name a file in it"),
         ("big.yaml", "`big.yaml` is larger than a job file can be (1 MiB)", "not the model or the data"),
@@ -273,8 +284,6 @@ def test_a_source_that_is_no_job_is_explained(source: str, message: str, hint: s
     """A wrong name or path says what is nearest or what to look for."""
     Path("folder").mkdir()
     Path("folder.yaml").mkdir()
-    Path("model").mkdir()
-    Path("model/config.json").write_text("{}")
     with Path("big.yaml").open("wb") as file:
         file.truncate((1 << 20) + 1)
 

@@ -242,6 +242,30 @@ def test_a_folder_does_not_hide_a_ready_job():
     assert load_job("npt-gpt2").job.method == "npt"
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["gpt2", "Qwen/Qwen3-8B", "nobody/nothing-7B", "model", "./model", "model/config.json", "it's"],
+)
+def test_a_model_is_a_job_that_says_nothing_else(source: str):
+    """A name of the catalogue, a hub id, a folder with a config.json, and that file."""
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    Path("it's").mkdir()
+    Path("it's/config.json").write_text("{}")
+
+    loaded = load_job(source, ["micro_batch_size=2"])
+
+    assert (loaded.job.model, loaded.job.micro_batch_size, loaded.path) == (source, 2, None)
+    assert loaded.job == load_job(None, ["micro_batch_size=2"], flags={"model": source}).job
+
+
+def test_a_file_wins_over_a_model_of_its_name():
+    """A name is a model where it is no file and no ready job."""
+    Path("gpt2").write_text("model: Qwen/Qwen3-8B\n")
+
+    assert load_job("gpt2").job.model == "Qwen/Qwen3-8B"
+
+
 @pytest.mark.parametrize("source", ["./npt-gpt2", "npt-gpt2.yaml", Path("npt-gpt2")])
 def test_what_looks_like_a_path_is_a_path(source: str | Path):
     """A slash, a suffix of ours or a `Path` never means a ready job."""

@@ -23,8 +23,8 @@ JobArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="JOB",
-        help="Job file, config of axolotl, LLaMA-Factory or trl sft, or a name from memplan jobs; not needed with "
-        "--model",
+        help="Job file, config of axolotl, LLaMA-Factory or trl sft, a name from memplan jobs, or a model: a hub id, "
+        "a local folder or a name from memplan models",
     ),
 ]
 Overrides = Annotated[

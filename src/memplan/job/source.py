@@ -1,4 +1,4 @@
-"""Where a job comes from: a path, a ready job's name, or standard input; and its text."""
+"""Where a job comes from: a path, a ready job's name, a model, or standard input; and its text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def read_source(source: str | Path) -> Source:
     The job that `source` names.
 
     A `Path`, and text that looks like one (a slash, a leading dot, a suffix of ours), is a path. Other text
-    is a file of that name in the current directory, or else a ready job. `-` is YAML on standard input.
+    is a file of that name in the current directory, or else a ready job. What is neither, but names a model (one of the
+    catalogue, a hub id, a folder with a config.json or that file), is a job that says nothing else. `-` is YAML on
+    standard input.
 
     Raises:
         JobError: there is no such job, or its text cannot be read.
@@ -47,11 +49,14 @@ def read_source(source: str | Path) -> Source:
             _decode(sys.stdin.buffer.read(), "standard input"), "standard input", "", None, Path.cwd()
         )
     path = expand_user(source)
-    kind = "job file or ready job" if _is_name(source) else "job file"
+    kind = "job file, ready job or model" if _is_name(source) else "job file"
     with _refusals(path, kind, lambda: _hint(source, path)):
         ready = find_ready_job(source) if _is_name(source) and not path.is_file() else None
         if ready is not None:
             return Source(_read(ready), f"the ready job `{source}`", ".yaml", ready, Path.cwd())
+        if _is_model(source, path):
+            quoted = source.replace("'", "''")
+            return Source(f"model: '{quoted}'", f"the model `{source}`", ".yaml", None, Path.cwd())
         return _source_at(path)
 
 
@@ -102,15 +107,23 @@ def _is_name(source: str | Path) -> TypeGuard[str]:
     )
 
 
+def _is_model(source: str | Path, path: Path) -> TypeGuard[str]:
+    """A `Path` never is one, and what begins with a folder that is here is a path."""
+    from memplan.model.catalogue import find_model  # only where there is no ready job
+
+    if not isinstance(source, str):
+        return False
+    if path.exists():
+        return path.name == "config.json" or (path / "config.json").is_file()
+    is_hub_id = _HUB_ID.fullmatch(source) is not None and not path.parent.exists()
+    return is_hub_id or find_model(source) is not None
+
+
 def _read(path: Path) -> str:
     if path.is_dir():
-        is_model = (path / "config.json").is_file()
-        hint = (
-            f"a model is named by `--model {path}`"
-            if is_model
-            else f"name a file in it, e.g. `{path}/job.yaml`"
+        raise JobError(
+            f"`{path}` is a folder, not a job file", hint=f"name a file in it, e.g. `{path}/job.yaml`"
         )
-        raise JobError(f"`{path}` is a folder, not a job file", hint=hint)
     if path.stat().st_size > _MAX_BYTES:
         raise JobError(
             f"`{path}` is larger than a job file can be (1 MiB)",
@@ -131,14 +144,13 @@ def _decode(content: bytes, name: str) -> str:
 
 
 def _hint(source: str | Path, path: Path) -> str:
-    from memplan.model.catalogue import find_model  # only where a job was not found
+    from memplan.model.catalogue import nearest_models  # only where a job was not found
 
     stem = path.stem if path.suffix.lower() in _SUFFIXES else path.name
     if find_ready_job(stem):
         return f"did you mean the ready job `{stem}`?"
-    if find_model(str(source)) or _HUB_ID.fullmatch(str(source)):
-        return f"a model is named by `--model {source}`; `memplan jobs` lists the ready jobs"
-    nearest = nearest_job(stem)
+    nearest = [name for name in (nearest_job(stem), *nearest_models(stem, 2)) if name]
     if nearest:
-        return f"did you mean `{nearest}`? `memplan jobs` lists the ready jobs"
-    return "check the path; `memplan jobs` lists the ready jobs"
+        names = " or ".join(f"`{name}`" for name in nearest)
+        return f"did you mean {names}? `memplan jobs` and `memplan models` list the names"
+    return "check the path; `memplan jobs` and `memplan models` list the names"
