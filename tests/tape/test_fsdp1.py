@@ -140,9 +140,8 @@ def test_adapters_are_cut_one_by_one():
     assert [(5,), (25,)] == [member.local_shape for member in members]
 
 
-def test_shards_become_float32_after_wrapping_and_go_with_the_first_use():
-    """100 elements per unit over 2 ranks: 100 bytes each, then 200, the root's first; a use lets the old one go."""
-    g = Graph()
+def units_made_float32(g: Graph, strategy: str) -> Fsdp1Units:
+    """100 elements in a block and 100 outside, over 2 ranks, made float32 once they are wrapped."""
     members: dict[int | None, list[Parameter]] = {0: [parameter("a", 100)], None: [parameter("b", 100, None)]}
     tensors = [
         ToWrap(layer, Part(item.name, item.shape, "bfloat16", "bfloat16"), item)
@@ -153,16 +152,62 @@ def test_shards_become_float32_after_wrapping_and_go_with_the_first_use():
     start = len(written(g))
     wrapped = upcast_shards(g, tensors, [0], 2, shards)
     assert [(200, "float32 shard", 0)] * 2 == written(g)[start:]
-
     units = units_of(g, members)
+    units.layout = layout(make_job(parallel__strategy=strategy))
     units.wrapped = wrapped
-    del wrapped
-    start = len(written(g))
+    return units
+
+
+def bf16_shards_freed(g: Graph, start: int) -> list[tuple[int, str]]:
+    return [entry[:2] for entry in written(g)[start:] if entry[0] < 0 and entry[1].startswith("shard")]
+
+
+def test_shards_become_float32_after_wrapping_and_go_with_the_first_forward():
+    """
+    Of 100 bytes each, the root's first. After forward a unit's parameters are views of the float32 shard: the root's
+    too, though it stays gathered.
+    """
+    g = Graph()
+    units = units_made_float32(g, "FULL_SHARD")
+    units.before_forward(None, None)
     units.before_forward(0, None)
+    start = len(written(g))
     units.after_forward(0)
+    assert [(-100, "shard of a")] == bf16_shards_freed(g, start)
+    units.after_forward(None)
+    assert [(-100, "shard of a"), (-100, "shard of b")] == bf16_shards_freed(g, start)
+    assert list(units.unsharded) == [None]
+
+
+def test_units_that_stay_gathered_keep_16_bit_shards_until_the_first_backward():
+    """That of a micro batch which reduces nothing is enough, though it lets go of no unit."""
+    g = Graph()
+    units = units_made_float32(g, "SHARD_GRAD_OP")
+    units.is_last = False
+    start = len(written(g))
+    for layer in (None, 0):
+        units.before_forward(layer, None)
+    for layer in (0, None):
+        units.after_forward(layer)
+    assert bf16_shards_freed(g, start) == []
+    units.leave_backward(0)
     units.end_backward()
-    freed = [entry[:2] for entry in written(g)[start:] if entry[0] < 0 and entry[1].startswith("shard")]
-    assert [(-100, "shard of a"), (-100, "shard of b")] == freed
+    assert [(-100, "shard of a"), (-100, "shard of b")] == bf16_shards_freed(g, start)
+    assert list(units.unsharded) == [None, 0]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "copies"), [("cpu", "bfloat16", 1), ("cuda", "bfloat16", 0), ("cpu", "float32", 0)]
+)
+def test_norms_of_16_bit_gradients_are_taken_of_copies_on_the_cpu(device: str, dtype: str, copies: int):
+    """One at a time, of what the rank has of each tensor."""
+    job = make_job(loop="hf_trainer", parallel__fsdp_version=1, dtype=dtype, autocast=None)
+    written = write_tape(job, resolve_model(job.model), device=device, num_steps=1)
+    storages = [written.describe(storage) for storage in range(1, len(written.flatten().sizes))]
+    widened = sum(item.num_bytes for item in storages if item.where.endswith("grad in float32"))
+    reduced = sum(item.num_bytes for item in storages if item.where.endswith("gradients of a unit"))
+    assert widened == copies * 2 * reduced
+    assert reduced > 0
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "sdpa"])

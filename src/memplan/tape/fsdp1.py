@@ -89,8 +89,15 @@ class Fsdp1Units:
         self.unsharded[layer] = self.gathered.pop(layer, None)
 
     def after_forward(self, layer: int | None) -> None:
-        """Post-forward hook; the root unit and, without resharding, every unit stay gathered for backward."""
-        if layer is not None and not self.layout.keep_unsharded:
+        """
+        Post-forward hook; the root unit and, without resharding, every unit stay gathered for backward. The parameters
+        of the root are views of its shard all the same (_flat_param.py, _use_sharded_flat_param).
+        """
+        if self.layout.keep_unsharded:
+            return
+        if layer is None:
+            self.wrapped.pop(None, None)
+        else:
             self._reshard(layer)
 
     # -- backward ------------------------------------------------------------------------------------------
@@ -230,10 +237,10 @@ class Fsdp1Units:
         FlatParamHandle.reshard, which also makes the parameters views of what is the shard now. What stays gathered
         from forward to backward also stays until the last micro batch (_should_free_in_backward).
         """
+        self.wrapped.pop(layer, None)
         if self.layout.keep_unsharded and not self.is_last:
             return
         self.unsharded.pop(layer, None)
-        self.wrapped.pop(layer, None)
 
     def _reduce(self, layer: int | None) -> None:
         parameters = self.contents.with_gradients(layer)

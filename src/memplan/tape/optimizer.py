@@ -14,7 +14,7 @@ from memplan.tape.graph import Graph
 from memplan.tape.loss import Locals
 from memplan.tape.packing import DYNAMIC_MAP_BYTES
 from memplan.tape.scratch import adafactor, foreach_norm
-from memplan.tape.sharding import layout
+from memplan.tape.sharding import SHARDED, layout
 from memplan.tape.tensors import ITEMSIZE, Parameter, Tensor
 
 SMALL_8BIT_ELEMENTS = 4096
@@ -76,6 +76,12 @@ class OptimizerProgram:
         transformers' Trainer takes the norm of the gradients whether it clips or not, has matrices and vectors in two
         groups with or without weight decay, and keeps the states of embeddings in 32 bits where others have 8
         (trainer.py, _get_grad_norm and create_optimizer).
+        """
+        sharded = self.in_trainer and job.parallel.strategy in SHARDED
+        self.widens_gradients = g.device == "cpu" and sharded and job.parallel.fsdp_version == 1
+        """
+        FSDP1 takes norms in float32 (fully_sharded_data_parallel.py, _get_grad_norm). The kernel for a GPU reads 16
+        bits as they are; the CPU's is given a copy (ATen/native/ReduceOpsUtils.h, make_reduction).
         """
 
     def step(self, number: int) -> None:
@@ -284,6 +290,8 @@ class OptimizerProgram:
             ]
             for parameter in group:
                 g.enter(parameter.layer)
+                if self.widens_gradients and dtype != "float32":
+                    g.scratch(prod(parameter.local_shape) * 4, name=f"{parameter.name} grad in float32")
                 norms.append(g.new((), dtype, f"{parameter.name} norm of grad"))
             g.begin(f"clip freed {index} {number}")
             partial.clear()
