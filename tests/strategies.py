@@ -112,7 +112,14 @@ def _names(alphabet: st.SearchStrategy[str], **bounds: int) -> st.SearchStrategy
 
 
 _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
-    "lora.target_modules": st.just("all-linear")
+    "lora.target_modules": st.sampled_from(
+        (
+            "all-linear",
+            r".*\.(q|v)_proj",
+            r"model\.layers\.[\d]+\.mlp\.(up|down)_proj",
+            "lm_head|.*[02].*_proj",
+        )
+    )
     | _names(st.sampled_from(_MODULES) | texts().filter(lambda text: text != "all-linear"), min_size=1),
     "lora.modules_to_save": st.just(()) | _names(st.sampled_from(("embed_tokens", "lm_head")) | texts()),
     "npt.logits_weight": st.floats(0, 1),

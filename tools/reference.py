@@ -98,6 +98,8 @@ def _takes(field: Field) -> str:
         words += [f"`{_yaml(choice)}`" for choice in field.choices if choice is not None]
     else:
         words += [kinds[kind] for kind in field.kinds if kind in kinds]
+    if field.patterns:
+        words.append("a pattern")
     if field.list_kind:
         words.append(lists[field.list_kind])
     if field.nullable:

@@ -60,7 +60,13 @@ BAD_INPUT = [
         2,
         "has `c_attn`, `c_proj`, `c_fc` and `lm_head`",
     ),
-    (("estimate", "job.yaml", "--set", "lora.target_modules=[h.0.attn.c_attn]"), 2, "a layer of one block"),
+    (("estimate", "job.yaml", "--set", r"lora.target_modules=h\.[0-9]+\.attn"), 2, "which matches no layer"),
+    (
+        ("estimate", "job.yaml", "--set", r"lora.target_modules=.*\.mlp.*"),
+        2,
+        "also matches `transformer.h.0.mlp`, which is no linear layer",
+    ),
+    (("estimate", "job.yaml", "--set", "lora.target_modules=.*wte|.*c_attn"), 2, "adapters on embeddings"),
     (("estimate", "job.yaml", "--set", "lora.target_modules=[c_attn,wte]"), 2, "adapters on embeddings"),
     (
         ("fit", "job.yaml", "--gpu", "24GiB", "--set", "lora.target_modules=[c_atn]"),

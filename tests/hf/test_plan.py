@@ -63,6 +63,32 @@ def test_adapters_that_are_still_to_come(tmp_path: Path) -> None:
     assert built.result.job is not None and built.result.job.lora.target_modules == ("q_proj", "v_proj")
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"target_modules": r".*\.1\.self_attn\.(q|v)_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+    ],
+    ids=str,
+)
+def test_adapters_on_some_blocks(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """A model is read by what it has, a config by its pattern."""
+    run = trainer(tmp_path, model(lora(**chosen)))
+    shape, trace = (preflight(run, engine=engine) for engine in ("auto", "trace"))
+    assert shape.result.engine["name"] == "shape"
+    assert shape.peak_bytes == pytest.approx(trace.peak_bytes, rel=0.005)
+    assert shape.result.job is not None
+    names = [f"model.layers.1.self_attn.{name}_proj" for name in "qv"]
+    assert shape.result.job.lora.target_modules == tuple(names)
+    if isinstance(chosen["target_modules"], str):
+        bare = preflight(arguments(tmp_path), model(), peft_config=lora(**chosen), max_seq_len=LENGTH)
+        assert bare.peak_bytes == shape.peak_bytes
+    else:
+        reading = Reading()
+        read_model(reading, model(), lora(**chosen, exclude_modules=["lm_head"]))
+        assert len(reading.unknown) == 2
+
+
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["lm_head"]], ids=str)
 def test_copies_that_peft_trains_beside_adapters(tmp_path: Path, saved: list[str], is_tied: bool) -> None:
@@ -166,8 +192,10 @@ def test_what_4_bit_weights_are_stored_in_is_read() -> None:
 
 
 def test_a_model_that_is_not_what_its_config_says_is_traced(tmp_path: Path) -> None:
-    run = trainer(tmp_path, model(lora(target_modules=r".*layers\.1\..*q_proj")))
-    plan = preflight(run)
+    given = model()
+    up = given.model.layers[0].mlp.up_proj
+    given.model.layers[0].mlp.up_proj = nn.Linear(up.in_features, up.out_features, bias=True)
+    plan = preflight(trainer(tmp_path, given))
     assert plan.result.engine["name"] == "trace"
     assert plan.reasons == ("a model that has other parameters than its config and adapters say",)
     frozen = model()

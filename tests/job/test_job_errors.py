@@ -70,6 +70,7 @@ BAD_LINES = [
     ("npt: {layers: [[1]]}", "or a list of whole numbers, not `[[1]]`", "upper_half"),
     ("npt: {layers: [all]}", "mixes a word for many into a list", "write `all`, `upper_half` or `lower_half` alone"),
     ("lora: {target_modules: [null]}", "or a list of names, not `[null]`", "all-linear"),
+    ("lora: {target_modules: '.*(q_proj'}", "a pattern that Python's `re` cannot read", "a list of names"),
     ("lora: {target_modules: 'q_proj,'}", "`lora.target_modules` has an empty name", "comma"),
     # choices
     ("method: dora", "`method` cannot be `dora`", "choose `full`, `lora`, `qlora` or `npt`"),

@@ -102,6 +102,11 @@ def test_a_job_of_one_line_is_all_defaults():
         ("lora.target_modules", "[q_proj, v_proj]", ("q_proj", "v_proj")),
         ("lora.target_modules", "q_proj", ("q_proj",)),
         ("lora.target_modules", "q_proj, v_proj", ("q_proj", "v_proj")),
+        (
+            "lora.target_modules",
+            r"model.layers.[\d]+.self_attn.(q|k){1,2}_proj",
+            r"model.layers.[\d]+.self_attn.(q|k){1,2}_proj",
+        ),
         ("npt.layers", "all", "all"),
         ("npt.layers", "16,17", (16, 17)),
         ("npt.layers", "3", (3,)),

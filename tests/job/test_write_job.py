@@ -84,6 +84,15 @@ def test_long_sections_are_written_in_block_style():
     ]
 
 
+def test_patterns_are_quoted(tmp_path):
+    """So that no reader of YAML takes their marks for its own."""
+    pattern = r"*.\d: [q]|{v}_proj #"
+    job = Job(model="gpt2").replace(**{"lora.target_modules": pattern})
+    write_job(tmp_path / "job.yaml", job)
+
+    assert pattern == yaml.safe_load(dump_job(job))["lora"]["target_modules"]
+
+
 def test_origins_decide_what_is_worth_writing():
     """What was said is written even where it equals the default; a tool's silent defaults are marked."""
     job = Job(model="gpt2", max_seq_len=512).replace(**{"lora.alpha": 16.0})

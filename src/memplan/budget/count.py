@@ -6,6 +6,7 @@ from math import prod
 
 from memplan.budget.result import ParameterCount
 from memplan.job.spec import Job
+from memplan.job.targets import is_by_block
 from memplan.model.architecture import Architecture
 from memplan.model.families import layout
 from memplan.model.tensors import num_parameters
@@ -52,12 +53,15 @@ def _added(job: Job, architecture: Architecture) -> int:
         d, f = architecture.hidden_size, architecture.intermediate_size
         shapes = modulator_shapes(job.npt, d, f, is_gated=architecture.family != "gpt2").values()
         return len(npt_layers(job, architecture)) * sum(map(prod, shapes))
-    per_block = sum(
+    prefix, num_layers = layout(architecture).block_prefix, architecture.num_hidden_layers
+    is_alike = not is_by_block(job.lora.target_modules)
+    in_blocks = (num_layers if is_alike else 1) * sum(
         job.lora.rank * (linear.in_features + linear.out_features)
+        for layer in range(1 if is_alike else num_layers)
         for linear in block_linears(architecture)
-        if targets(job, linear.path)
+        if targets(job, f"{prefix}.{layer}.{linear.path}")
     )
-    per_block += sum(
+    in_blocks += num_layers * sum(
         prod(shape)
         for module in layout(architecture).block
         if module.adapter_names and targets_stack(job, module)
@@ -69,4 +73,4 @@ def _added(job: Job, architecture: Architecture) -> int:
         is_head = module.role == "head" and job.lora.target_modules != "all-linear"
         if (is_head or module.role == "linear") and targets(job, module.name):
             head += job.lora.rank * sum(module.shape)
-    return per_block * architecture.num_hidden_layers + head
+    return in_blocks + head

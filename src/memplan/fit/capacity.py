@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from memplan.fit.lattice import Dimension, Edit, dimension
 from memplan.job.spec import Job
+from memplan.job.targets import is_by_block
 from memplan.model import linear_modules
 from memplan.model.architecture import Architecture, LinearModule
 from memplan.npt.layers import layer_indices
@@ -45,7 +46,7 @@ def rank(job: Job) -> Dimension | None:
 
 def target_modules(job: Job, architecture: Architecture) -> Dimension | None:
     """Adapters on attention only, then on query and value only (the choice of Hu et al. 2021)."""
-    if job.method not in ("lora", "qlora"):
+    if job.method not in ("lora", "qlora") or is_by_block(job.lora.target_modules):
         return None
     modules = [module for module in linear_modules(architecture) if module.layer is not None]
     current = job.lora.target_modules

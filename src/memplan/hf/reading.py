@@ -31,9 +31,13 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None), "bias": ("none",), "ensure_weight_tying": (False, None), "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}), "layers_to_transform": (None, []), "target_parameters": (None, []),
     "trainable_token_indices": (None, []), "layer_replication": (None, []), "lora_bias": (False, None),
-    "use_qalora": (False, None), "arrow_config": (None,), "corda_config": (None,), "megatron_config": (None, {}),
+    "exclude_modules": (None, []), "use_qalora": (False, None),
+    "arrow_config": (None,), "corda_config": (None,), "megatron_config": (None, {}),
 }  # fmt: skip
 """Settings of peft's LoraConfig with the values that a job's plain adapters mean."""
+
+_SEEN = ("layers_to_transform", "exclude_modules")
+"""Those that a model with adapters shows by the layers that have one."""
 
 
 @dataclass
@@ -229,10 +233,17 @@ def class_of(model: Any) -> str:
 
 
 def _adapted(model: Any) -> list[str]:
-    """Last parts of the names of the layers that have an adapter; how many have one is seen from the parameters."""
-    return sorted(
-        {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    """
+    Names of the layers that have an adapter: their last parts, or all of them where other layers are called the same.
+    """
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if hasattr(module, "lora_A")]
+    last = {name.rpartition(".")[2] for name in names}
+    others = any(
+        name.rpartition(".")[2] in last and hasattr(module, "weight") and not hasattr(module, "lora_A")
+        for name, module in modules.items()
     )
+    return sorted({name.removeprefix("base_model.model.") for name in names} if others else last)
 
 
 def _read_adapters(reading: Reading, adapters: Mapping[str, Any], adapted: list[str] | None) -> None:
@@ -242,11 +253,14 @@ def _read_adapters(reading: Reading, adapters: Mapping[str, Any], adapted: list[
     if len(adapters) > 1 or kind != "LORA":
         reading.unknown.append(f"adapters of type {kind}" if kind != "LORA" else f"{len(adapters)} adapters")
         return
-    odd = [name for name, plain in _PLAIN_LORA.items() if getattr(config, name, plain[0]) not in plain]
+    seen = _SEEN if adapted else ()
+    odd = [
+        name
+        for name, plain in _PLAIN_LORA.items()
+        if getattr(config, name, plain[0]) not in plain and name not in seen
+    ]
     reading.unknown += [f"`{name}: {getattr(config, name)}` of the adapters" for name in odd]
     targets = adapted or config.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
-        reading.unknown.append(f"`target_modules: {targets}`, a pattern")
     reading.fields |= {
         "method": "lora",
         "lora.rank": config.r,

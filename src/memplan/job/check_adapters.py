@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from memplan.job.problems import Conflict, repeated_in
 from memplan.job.spec import Job
+from memplan.job.targets import ALL_LINEAR, matches
 
 
 def check_targets(job: Job) -> Iterator[Conflict]:
@@ -42,7 +43,7 @@ def check_special_tokens(job: Job) -> Iterator[Conflict]:
     if not job.trained_tokens:
         return
     modules = job.lora.target_modules
-    if not isinstance(modules, str) and any(module.split(".")[-1] == "lm_head" for module in modules):
+    if modules != ALL_LINEAR and matches(modules, "lm_head"):
         yield Conflict(
             ("lora.target_modules", "data.special_tokens"),
             "`lm_head` cannot have an adapter and rows of `data.special_tokens` that train",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from memplan.job.fields import Field
 from memplan.job.parse import Block
 from memplan.job.problems import Invalid, listed, shorten
+from memplan.job.targets import is_pattern
 
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _KIND_NAMES = {
@@ -50,6 +52,8 @@ def _list_or_word(field: Field, value: Any) -> Any:
     words = field.choices or ()
     if value in words:
         return value
+    if field.patterns and isinstance(value, str) and is_pattern(value):
+        return _pattern(value)
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
     elif not isinstance(value, (list, tuple)):
@@ -67,6 +71,15 @@ def _list_or_word(field: Field, value: Any) -> Any:
     if "" in items:
         raise Invalid("has an empty name in its list", hint="remove it, or the comma too many")
     return items
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        message = f"is `{shorten(text)}`, a pattern that Python's `re` cannot read: {error.msg}"
+        raise Invalid(message, hint="write one such as `.*\\.(q|v)_proj`, or a list of names") from None
+    return text
 
 
 def _scalar(field: Field, kind: str, value: Any) -> Any:
@@ -135,7 +148,8 @@ def _check_bounds(field: Field, value: Any) -> None:
 def _wrong_kind(field: Field, found: str) -> Invalid:
     kinds = [_KIND_NAMES[kind] for kind in field.kinds if kind != "null"]
     if field.list_kind and field.choices:
-        kinds = [listed(field.choices), _KIND_NAMES[field.list_kind]]
+        pattern = ["a pattern"] if field.patterns else []
+        kinds = [listed(field.choices), *pattern, _KIND_NAMES[field.list_kind]]
     return Invalid(f"must be {' or '.join(kinds)}, not {found}", hint=_advice(field))
 
 

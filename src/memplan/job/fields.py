@@ -33,6 +33,8 @@ class Field(NamedTuple):
     minimum: float | None
     exclusive: bool
     below: float | None
+    patterns: bool
+    """Whether a text in place of the list may be a pattern of Python's `re`."""
 
     @property
     def required(self) -> bool:
@@ -99,4 +101,5 @@ def _leaf(name: str, field: dataclasses.Field[Any]) -> Field:
         minimum=metadata["minimum"],
         exclusive=metadata["exclusive"],
         below=metadata["below"],
+        patterns=metadata["patterns"],
     )

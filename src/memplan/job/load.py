@@ -158,7 +158,8 @@ class _Reader:
                 values = {field: coerce(job_fields()[field], value) for field, value in meant.items()}
             except Invalid as invalid:
                 message, choices = f"`{item.key}` {invalid.message}", job_fields()[setting.field].choices
-                if choices is None or not isinstance(setting.value, str):
+                is_text = isinstance(setting.value, str) and not job_fields()[setting.field].patterns
+                if choices is None or not is_text:
                     self._problems.append(Problem(item.where, message, invalid.hint))
                     continue
                 hint = f"{invalid.hint}; `--set {setting.field}=VALUE` goes over the file"

@@ -7,6 +7,7 @@ from typing import Any
 
 from memplan.job.fields import Field, job_fields, job_sections
 from memplan.job.spec import Job
+from memplan.job.targets import PATTERN
 
 _TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "null": "null"}
 _ARRAYS: dict[str, dict[str, Any]] = {
@@ -47,12 +48,18 @@ def job_schema() -> dict[str, Any]:
     }
 
 
+def _patterns(field: Field) -> list[dict[str, Any]]:
+    return [{"type": "string", "format": "regex", "pattern": PATTERN}] if field.patterns else []
+
+
 def _schema_of(field: Field) -> dict[str, Any]:
     schema: dict[str, Any] = {"description": field.doc}
     if field.list_kind:
         array = _ARRAYS[field.list_kind]
         schema |= (
-            {"anyOf": [{"enum": list(field.choices)}, {**array, "minItems": 1}]} if field.choices else array
+            {"anyOf": [{"enum": list(field.choices)}, *_patterns(field), {**array, "minItems": 1}]}
+            if field.choices
+            else array
         )
     elif field.choices:
         schema["enum"] = list(field.choices)

@@ -25,14 +25,18 @@ def setting(
     minimum: float | None = None,
     exclusive: bool = False,
     below: float | None = None,
+    patterns: bool = False,
 ) -> Any:
     """
     A dataclass field with its one-sentence description, its choices, its lower bound (`exclusive`: it must
-    lie above that) and its upper one (it must lie `below` that).
+    lie above that) and its upper one (it must lie `below` that); and whether it may be a pattern of Python's `re`.
 
     Where a field takes a word or a list, the choices are the words.
     """
-    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "exclusive": exclusive, "below": below}
+    metadata = {
+        "doc": doc, "choices": choices, "minimum": minimum, "exclusive": exclusive, "below": below,
+        "patterns": patterns,
+    }  # fmt: skip
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if default is dataclasses.MISSING:
@@ -51,8 +55,10 @@ class Lora:
     dropout: float = setting(0.0, "Dropout on the adapter's input, in [0, 1)", minimum=0, below=1)
     target_modules: str | tuple[str, ...] = setting(
         "all-linear",
-        "Names of the linear layers that get an adapter, or `all-linear` (all but the head)",
+        "Names of the linear layers that get an adapter, a pattern that their full names match, or `all-linear` (all "
+        "but the head)",
         choices=("all-linear",),
+        patterns=True,
     )
     dtype: str = setting("float32", "dtype of the adapters in memory", choices=tuple(DTYPE_BYTES))
     train_tokens: bool = setting(

@@ -61,7 +61,7 @@ def attach_adapters(builder: Builder, model: Model) -> None:
     for block in model.blocks:
         g.enter(block.layer)
         for path, linear in block.linears.items():
-            if targets(job, path):
+            if targets(job, f"{builder.modules.block_prefix}.{block.layer}.{path}"):
                 _adapt(builder, linear, f"{builder.block_name}.{path}", block.layer, model)
         for module in builder.modules.block:
             if module.name in block.stacks and targets_stack(job, module):

@@ -30,7 +30,6 @@ class Buckets:
     Args:
         trainable: of the recorded blocks and of what is outside them.
         layers: the recorded blocks.
-        num_layers: how many blocks the whole model has.
         finds_unused: DDP looks for parameters that a step has not used.
     """
 
@@ -39,11 +38,10 @@ class Buckets:
         g: Graph,
         trainable: Sequence[Parameter],
         layers: Sequence[int],
-        num_layers: int,
         finds_unused: bool,
     ) -> None:
         self.g = g
-        self.num_layers = num_layers
+        self.layers = sorted(layers)
         self.is_rebuilt = finds_unused
         g.begin("buckets")
         if finds_unused:
@@ -78,11 +76,15 @@ class Buckets:
     def _whole(self, parameters: Iterable[Parameter]) -> Iterator[Parameter]:
         """Those of all blocks, from those of the recorded ones: blocks that are left out are like the next one."""
         previous: int | None = None
+        position = {layer: index for index, layer in enumerate(self.layers)}
         for layer, group in groupby(parameters, key=lambda parameter: parameter.layer):
             found = list(group)
             times = 1
             if layer is not None:
-                times = 1 if previous is None else abs(layer - previous)
+                if (
+                    previous is not None
+                ):  # the recorded block before this one, whether or not anything trains in it
+                    times = abs(layer - self.layers[position[layer] + (1 if layer < previous else -1)])
                 previous = layer
             for _ in range(times):
                 yield from found

@@ -72,11 +72,11 @@ def build_model(builder: Builder, npt_layers: frozenset[int], checkpointed: froz
     builder.contents.sort()
     if builder.flat and layout.gathers:
         cut_flat(builder.contents, behaviour.rank, layout.optimizer, each=not builder.full)
+    # The gradients of NPT are added up by the trainer itself.
     if layout.replicas > 1 and not (layout.gathers or builder.flat or job.method == "npt"):
-        depth = architecture.num_hidden_layers  # the gradients of NPT are added up by the trainer itself
         if job.loop == "hf_trainer":
             broadcast(g, builder.sent, builder.layers)
-        model.buckets = Buckets(g, model.trainable, builder.layers, depth, behaviour.clones_output)
+        model.buckets = Buckets(g, model.trainable, builder.layers, behaviour.clones_output)
     return model
 
 

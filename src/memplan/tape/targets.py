@@ -2,94 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 
 from memplan.errors import JobError
-from memplan.job.problems import listed
+from memplan.job.problems import listed, shorten
 from memplan.job.spec import Job
+from memplan.job.targets import ALL_LINEAR, is_by_block, is_pattern, matches
 from memplan.model.architecture import Architecture
 from memplan.model.families import layout
 from memplan.model.families.layout import Module
 from memplan.tape.packing import packs
 from memplan.tape.sharding import SHARDED
 
+_ACTIVATIONS = {
+    "gpt2": "mlp.act", "gpt_neox": "mlp.act", "gpt_bigcode": "mlp.act", "falcon": "mlp.act",
+    "phi3": "mlp.activation_fn", "bert": "intermediate.intermediate_act_fn",
+}  # fmt: skip
+"""Modules of a block that layouts leave out, having no parameters; `mlp.act_fn` in other families."""
 
-def targets(job: Job, path: str) -> bool:
-    """Whether a linear layer of a block gets an adapter: by the last part of its path, as peft matches names."""
-    wanted = job.lora.target_modules
+
+def targets(job: Job, module: str) -> bool:
+    """Whether a linear layer gets an adapter, by its full name, as peft matches it; any one with `all-linear`."""
     if job.method not in ("lora", "qlora"):
         return False
-    if wanted == "all-linear":
-        return True
-    return any(_is_named(path, name) for name in named(job))
+    wanted = job.lora.target_modules
+    return wanted == ALL_LINEAR or matches(wanted, module)
 
 
 def named(job: Job) -> tuple[str, ...]:
-    """The names in `lora.target_modules`; none for `all-linear`."""
+    """The names in `lora.target_modules`; none for `all-linear` and for a pattern."""
     wanted = job.lora.target_modules
     if isinstance(wanted, str):
-        return () if wanted == "all-linear" else (wanted,)
+        return () if wanted == ALL_LINEAR or is_pattern(wanted) else (wanted,)
     return wanted
 
 
-def _is_named(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+def pattern(job: Job) -> str | None:
+    """The pattern that `lora.target_modules` is, if it is one."""
+    wanted = job.lora.target_modules
+    return wanted if isinstance(wanted, str) and is_pattern(wanted) else None
 
 
 def adaptable(architecture: Architecture) -> list[str]:
-    """Paths of the layers that can get an adapter: those of a block, relative to it, and the head's."""
+    """Full names of the layers that can get an adapter: those of every block, and those behind the blocks."""
     modules = layout(architecture)
-    paths = [
+    in_block = [
         path
         for module in modules.block
         for path in ((module.name,) if module.role == "linear" else module.adapter_names)
     ]
-    return [*paths, *(module.name for module in modules.after if module.role in ("linear", "head"))]
+    names = [
+        f"{modules.block_prefix}.{layer}.{path}"
+        for layer in range(architecture.num_hidden_layers)
+        for path in in_block
+    ]
+    return [*names, *(module.name for module in modules.after if module.role in ("linear", "head"))]
+
+
+def targets_by_block(job: Job, architecture: Architecture) -> list[tuple[str, ...]] | None:
+    """
+    The linear layers that get an adapter, relative to their block, for each block; None where all blocks have the same.
+    """
+    if job.method not in ("lora", "qlora") or not is_by_block(job.lora.target_modules):
+        return None
+    modules = layout(architecture)
+    blocks = [
+        tuple(
+            module.name
+            for module in modules.block
+            if module.role == "linear" and targets(job, f"{modules.block_prefix}.{layer}.{module.name}")
+        )
+        for layer in range(architecture.num_hidden_layers)
+    ]
+    return blocks if len(set(blocks)) > 1 else None
 
 
 def check_targets(job: Job, architecture: Architecture) -> None:
     """
-    Raises JobError where `lora.target_modules` names layers that a plan does not give adapters: none of the model, its
-    embeddings, or those of one block.
+    Raises JobError where `lora.target_modules` names what a plan does not give adapters: no layer of the model, its
+    embeddings, modules that are no linear layers, or experts of one block.
     """
     if job.method not in ("lora", "qlora"):
         return
-    refuse_single_blocks(job)
     modules = layout(architecture)
     head = modules.after[-1].name
     is_tied = architecture.tie_word_embeddings
     check_copies(
         job, modules.before[0].name, head, is_tied=is_tied, is_packed=packs(job, head) and not is_tied
     )
-    embeddings = [module.name for module in modules.before]
-    for name in named(job):
-        if any(_is_named(path, name) for path in embeddings):
+    if job.lora.target_modules == ALL_LINEAR:
+        return
+    for module in modules.before:
+        if module.role == "embedding" and targets(job, module.name):
             raise JobError(
-                f"`lora.target_modules` names `{name}`, and adapters on embeddings are not planned",
+                f"`lora.target_modules` names `{module.name}`, and adapters on embeddings are not planned",
                 hint="take it out, or plan it with `--engine trace`, which runs peft",
             )
-    paths = adaptable(architecture)
-    if named(job) and not any(_is_named(path, name) for path in paths for name in named(job)):
-        raise nothing_targeted(job, paths)
+    names = adaptable(architecture)
+    if is_by_block(job.lora.target_modules):
+        _check_by_block(job, architecture, names)
+    if not any(targets(job, name) for name in names):
+        raise nothing_targeted(job, names)
 
 
-def refuse_single_blocks(job: Job) -> None:
-    """Raises JobError for the path of one block's layer: blocks are planned with the same adapters."""
-    for name in named(job):
-        if job.method in ("lora", "qlora") and any(part.isdigit() for part in name.split(".")):
-            raise JobError(
-                f"`lora.target_modules` names `{name}`, a layer of one block, and all blocks get the same adapters",
-                hint=f"use `{name.split('.')[-1]}`, which names it in every block",
-            )
+def _check_by_block(job: Job, architecture: Architecture, names: Sequence[str]) -> None:
+    """What peft refuses to adapt, and what it makes of experts, whose old names it looks up by their last parts."""
+    modules = layout(architecture)
+    if any(module.adapter_names for module in modules.block):
+        raise JobError(
+            "a pattern of `lora.target_modules` and names of one block's layers are not planned by shape where peft "
+            f"looks up names of experts, as in `{job.model}`",
+            hint="plan it with `--engine trace`, which runs peft, or list last parts of names: `[q_proj, v_proj]`",
+        )
+    block = {module.name for module in modules.block if module.role not in ("linear", "bias")}
+    for name in (module.name for module in modules.block):
+        parts = name.split(".")
+        block |= {".".join(parts[:end]) for end in range(1, len(parts))}
+    block.add(_ACTIVATIONS.get(architecture.family, "mlp.act_fn"))
+    others = [module.name for module in modules.after if module.role == "norm"]
+    for layer in range(architecture.num_hidden_layers):
+        prefix = f"{modules.block_prefix}.{layer}"
+        others += [prefix, *(f"{prefix}.{name}" for name in sorted(block))]
+    unfit = next((name for name in others if name not in names and targets(job, name)), None)
+    if unfit is not None:
+        raise JobError(
+            f"`lora.target_modules` also matches `{unfit}`, which is no linear layer, and peft refuses that",
+            hint="end it with names of linear layers, as in `.*\\.(q_proj|v_proj)`",
+        )
 
 
 def nothing_targeted(job: Job, paths: Iterable[str]) -> JobError:
-    """What to say where no name fits a layer; `paths` are those of the model's layers, relative to their block."""
+    """What to say where no name fits a layer; `paths` are the full names of the model's layers."""
     import difflib
 
-    names = list(dict.fromkeys(path.split(".")[-1] for path in paths))
+    paths = list(paths)
     wanted = named(job)
+    if not wanted:
+        return JobError(
+            f"`lora.target_modules` is the pattern `{shorten(job.lora.target_modules)}`, which matches no layer of "
+            f"`{job.model}` as it is planned",
+            hint=f"it has to match a whole name, such as `{next(iter(paths), 'q_proj')}`",
+        )
+    names = list(dict.fromkeys(path.split(".")[-1] for path in paths))
     close = dict.fromkeys(
         match
         for name in wanted
@@ -106,7 +161,7 @@ def nothing_targeted(job: Job, paths: Iterable[str]) -> JobError:
 
 def copies(job: Job, path: str) -> bool:
     """Whether `lora.modules_to_save` names a module outside the blocks: the input embeddings or the head."""
-    return any(_is_named(path, name) for name in job.modules_to_save)
+    return matches(job.modules_to_save, path)
 
 
 def check_copies(job: Job, embedding: str, head: str, *, is_tied: bool, is_packed: bool) -> None:
@@ -121,7 +176,7 @@ def check_copies(job: Job, embedding: str, head: str, *, is_tied: bool, is_packe
     """
     outside = (embedding, head)
     for name in job.modules_to_save:
-        if not any(_is_named(path, name) for path in outside):
+        if not any(matches((name,), path) for path in outside):
             names = listed([path.split(".")[-1] for path in outside], "and")
             raise JobError(
                 f"`lora.modules_to_save` names `{name}`, and whole copies are planned of the input embeddings and the "
@@ -138,7 +193,7 @@ def check_copies(job: Job, embedding: str, head: str, *, is_tied: bool, is_packe
         )
     if not copies(job, head):
         return
-    if any(_is_named(head, name) for name in named(job)):
+    if job.lora.target_modules != ALL_LINEAR and targets(job, head):
         raise JobError(
             f"`{head}` cannot have an adapter and be trained whole",
             hint="take it out of `lora.target_modules` or out of `lora.modules_to_save`",
@@ -155,7 +210,7 @@ def unused_names(job: Job, architecture: Architecture) -> tuple[str, ...]:
     if job.method not in ("lora", "qlora"):
         return ()
     paths = adaptable(architecture)
-    return tuple(name for name in named(job) if not any(_is_named(path, name) for path in paths))
+    return tuple(name for name in named(job) if not any(matches((name,), path) for path in paths))
 
 
 def targets_stack(job: Job, module: Module) -> bool:

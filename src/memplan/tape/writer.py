@@ -9,6 +9,7 @@ from memplan.model.architecture import Architecture
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.repeat import Expansion, NotRepeatable, Selection, choose_layers
 from memplan.tape.shape import checkpointed_layers, npt_layers, record
+from memplan.tape.targets import targets_by_block
 from memplan.tape.vocabulary import with_special_tokens
 from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
 
@@ -51,6 +52,11 @@ def write_tape(
         (layer in converted, layer in checkpointed, kind, layer == unlike)
         for layer, kind in enumerate(attention)
     ]
+    if (
+        targets_by_block(job, architecture) is not None
+    ):  # norms of gradients and DDP's buckets count all of them
+        selection = _every_block(architecture)
+        return _expand(job, architecture, selection, device, behaviour, num_steps, first_step, read_bytes)
     selection = choose_layers(kinds)
     try:
         return _expand(job, architecture, selection, device, behaviour, num_steps, first_step, read_bytes)

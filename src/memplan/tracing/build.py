@@ -17,6 +17,7 @@ from torch import nn
 from memplan.budget.host import HostSizes
 from memplan.errors import NoSuchAttention, RunError, TraceError, UnknownModel
 from memplan.job.spec import Job
+from memplan.job.targets import is_by_block, matches
 from memplan.model.config import class_name_of, is_masked_lm, refuse_other_head, refuse_quantized
 from memplan.tape.encoders import refuse_for_encoder
 from memplan.tape.repeat import Selection, choose_layers
@@ -119,7 +120,7 @@ def build_meta(
         num_layers = 0
     else:
         num_layers = len(blocks)
-        selection = _select(job, blocks, whole=whole)
+        selection = _select(job, blocks, whole=whole or _targets_differ(job, model, blocks))
         _cut(model, blocks, selection)
         job = _renumber(job, num_layers, selection)
     decoder = decoder_of(model)
@@ -263,6 +264,19 @@ def _select(job: Job, blocks: nn.ModuleList, *, whole: bool) -> Selection:
         for index, block in enumerate(blocks)
     ]
     return choose_layers(kinds)
+
+
+def _targets_differ(job: Job, model: nn.Module, blocks: nn.ModuleList) -> bool:
+    """Whether not all blocks get the same adapters; peft finds those of one block by its number."""
+    wanted = job.lora.target_modules
+    if job.method not in ("lora", "qlora") or not is_by_block(wanted):
+        return False
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    chosen = [
+        [name for name, _ in block.named_modules() if matches(wanted, f"{prefix}.{layer}.{name}")]
+        for layer, block in enumerate(blocks)
+    ]
+    return any(names != chosen[0] for names in chosen)
 
 
 def _signature(block: nn.Module) -> Hashable:

@@ -15,7 +15,7 @@ from torch import nn
 
 from memplan.errors import RunError
 from memplan.job.spec import Job
-from memplan.tape.targets import check_copies, nothing_targeted, refuse_single_blocks
+from memplan.tape.targets import check_copies, nothing_targeted
 from memplan.tape.targets import targets as targets_layer
 from memplan.train.skeleton import Skeleton, copy_shard, is_sharded
 from memplan.train.tokens import first_line
@@ -51,13 +51,11 @@ def add_adapters(model: Any, job: Job, token_ids: Sequence[int] | None = None) -
         token_ids: rows of the embeddings that train as well, where the job says so; None: the last ones.
 
     Raises:
-        JobError: `lora.target_modules` names nothing that the model has, or layers of one block; or
-            `lora.modules_to_save` names more than the embeddings and the head.
+        JobError: `lora.target_modules` names nothing that the model has, or `lora.modules_to_save` more than the
+            embeddings and the head.
         RunError: peft cannot adapt what it names.
     """
     from peft import LoraConfig, get_peft_model
-
-    refuse_single_blocks(job)
 
     _check_copies(model, job)
     lora = job.lora

@@ -11,6 +11,8 @@ from memplan.job.foreign.training import (
     ATTENTION_HINT,
     ATTENTIONS,
     note_packing_mask,
+    of_blocks,
+    put_targets,
     read_objective,
     read_run,
 )
@@ -53,7 +55,7 @@ _OBJECTIVES = (
     "use_eaft",
 )
 _OTHER_WEIGHTS = (
-    "peft_use_dora", "lora_target_parameters", "peft_layers_to_transform",
+    "peft_use_dora", "lora_target_parameters", "peft_layers_pattern", "lora_exclude_modules",
     "peft_layer_replication", "lora_rank_pattern", "peft_trainable_token_indices", "unfrozen_parameters", "lora_on_cpu",
     "lisa_n_layers", "quantize_moe_experts", "model_quantization_config", "gptq", "layer_offloading", "peft",
     "llama4_linearized_experts", "reinit_weights", "freeze_mm_modules", "use_onebitllms", "shrink_embeddings",
@@ -133,16 +135,23 @@ def _read_adapters(keys: Keys) -> bool:
 def _read_targets(keys: Keys) -> None:
     line = keys.line("lora_target_modules")
     names = keys.take("lora_target_modules")
+    layers_line, layers = keys.line("peft_layers_to_transform"), keys.take("peft_layers_to_transform")
+    if layers is not None:
+        plain = isinstance(names, list) and not keys.flag("lora_target_linear")
+        if plain and isinstance(layers, list) and all(str(layer).isdigit() for layer in layers):
+            names = of_blocks(names, layers)
+        else:
+            hint = "it is planned beside a list of `lora_target_modules`"
+            keys.gap("`peft_layers_to_transform` is not planned here", hint, line=layers_line)
     if keys.flag("lora_target_linear"):
         keys.put("lora.target_modules", "all-linear", "lora_target_linear")
-    elif isinstance(names, list):
-        keys.put("lora.target_modules", names, "lora_target_modules", line)
+    elif names is not None:
+        put_targets(keys, names, line)
     else:
-        what = (
-            "`lora_target_modules` is a pattern" if names else "peft chooses the layers that get an adapter"
-        )
         hint = "name the layers: `--set lora.target_modules=[q_proj,v_proj]`, or `all-linear`"
-        keys.gap(f"{what}, which memplan does not match", hint, line=line, field="lora.target_modules")
+        keys.gap(
+            "`lora_target_modules` is missing, so that peft finds no layer", hint, field="lora.target_modules"
+        )
 
 
 def _read_precision(keys: Keys) -> None:

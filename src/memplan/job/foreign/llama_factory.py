@@ -16,6 +16,7 @@ from memplan.job.foreign.training import (
     read_run,
 )
 from memplan.job.parse import Block
+from memplan.job.targets import is_pattern
 
 _HARMLESS = {
     "template", "dataset", "dataset_dir", "eval_dataset", "media_dir", "max_samples", "overwrite_cache", "do_train",
@@ -145,7 +146,12 @@ def _read_method(keys: Keys) -> str:
         keys.put("lora.rank", rank, "lora_rank")
         keys.move("lora_alpha", "lora.alpha", 2 * float(rank) if rank.isdigit() else None)
         keys.move("lora_dropout", "lora.dropout", 0.0)
-        keys.move("lora_target", "lora.target_modules", "all-linear")
+        target_line, target = keys.line("lora_target"), keys.take("lora_target")
+        if isinstance(target, str) and is_pattern(target):  # a list to peft, whatever is in it
+            target = [name.strip() for name in target.split(",")]
+        keys.put(
+            "lora.target_modules", target or "all-linear", "lora_target" if target else None, target_line
+        )
         keys.put("lora.dtype", "float32")
     keys.leave((), ("lora_", "oft_"))
     return method

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from memplan.job.foreign.keys import Keys
 from memplan.job.problems import shorten
+from memplan.job.targets import ALL_LINEAR, is_pattern
 
 ATTENTIONS = {
     "eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash_attention_2", "fa2": "flash_attention_2",
@@ -26,6 +29,28 @@ def note_packing_mask(keys: Keys, packs: bool) -> None:
             f"packed rows with `{attention}` attention have a mask of tokens x tokens, which is not planned: "
             "flash attention needs none"
         )
+
+
+def put_targets(keys: Keys, wanted: Any, line: int | None) -> None:
+    """`lora_target_modules` as peft reads it: a list of names, or one text, which is a pattern."""
+    key, field = "lora_target_modules", "lora.target_modules"
+    if isinstance(wanted, str) and wanted != ALL_LINEAR and not is_pattern(wanted):
+        hint = (
+            f"write a list, or a pattern such as `.*\\.{wanted}`; `--set {field}=[{wanted}]` plans the name"
+        )
+        message = f"`{key}: {shorten(wanted)}` reaches peft as a pattern for whole names, which no layer has"
+        keys.gap(message, hint, line=line, field=field)
+        return
+    keys.put(field, wanted, key, line)
+
+
+def of_blocks(names: Iterable[Any], layers: Iterable[Any]) -> str:
+    """
+    The pattern that stands for these names in these blocks: peft takes the first number in a name for the block's
+    (peft/tuners/tuners_utils.py, check_target_module_exists).
+    """
+    chosen, wanted = "|".join(map(str, layers)), "|".join(re.escape(str(name)) for name in names)
+    return rf"(?:(?!\d+\.)[^.]+\.){{2,}}(?:{chosen})\.(?:.*\.)?(?:{wanted})"
 
 
 def read_objective(keys: Keys, names: Iterable[str]) -> None:

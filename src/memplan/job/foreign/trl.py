@@ -14,6 +14,7 @@ from memplan.job.foreign.training import (
     ATTENTION_HINT,
     ATTENTIONS,
     note_packing_mask,
+    put_targets,
     read_evaluation,
     read_run,
 )
@@ -105,7 +106,9 @@ def _read_method(keys: Keys) -> None:
             keys.put("lora.modules_to_save_dtype", "bfloat16")  # as the adapters
         keys.put("lora.dtype", "bfloat16" if in_4bit else "float32")
         if "lora_target_modules" in keys:
-            keys.move("lora_target_modules", "lora.target_modules")
+            line, names = keys.line("lora_target_modules"), keys.take("lora_target_modules")
+            is_one = isinstance(names, list) and len(names) == 1  # ModelConfig takes it out of its list
+            put_targets(keys, names[0] if is_one else names, line)
         else:
             hint = "name the layers: `--set lora.target_modules=[q_proj,v_proj]`, or `all-linear`"
             keys.gap("peft chooses the layers that get an adapter", hint, field="lora.target_modules")
