@@ -189,6 +189,11 @@ def test_what_4_bit_weights_are_stored_in_is_read() -> None:
     quantized.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage="int8")
     read_model(reading, quantized, lora())
     assert reading.unknown == ["`bnb_4bit_quant_storage: int8`"]
+    unlike = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", "model.layers.1.mlp"])
+    quantized.quantization_config = unlike
+    reading = Reading()
+    read_model(reading, quantized, lora())
+    assert reading.unknown == ["blocks that differ: `model.layers.1.mlp` stays in 16 bits"]
 
 
 def test_a_model_that_is_not_what_its_config_says_is_traced(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,8 +11,10 @@ from memplan.budget.estimate import estimate_written
 from memplan.budget.result import Result
 from memplan.errors import MemplanError, NoSuchAttention, NotTrained, UnknownModel
 from memplan.gpu.capacity import Capacity
-from memplan.model import resolve_config, resolve_model
+from memplan.model import ResolvedConfig, architecture_from_config, resolve_config, resolve_model
 from memplan.model.architecture import Architecture
+from memplan.model.stored import read_stored
+from memplan.tape.stored import as_stored
 from memplan.tape.tape import WrittenTape
 from memplan.tracing.estimate import estimate_traced, missing_software
 from memplan.tracing.lean import without_the_unused
@@ -29,25 +31,34 @@ EXIT_CODES = {"fits": 0, "tight": 0, "does_not_fit": 1, "unknown": 3}
 
 def read_job(source: str | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]) -> LoadedJob:
     """
-    The job of a file or a name, with `--accelerate`, `--set` and the other flags applied, and with an attention that
-    the model can do where none is named.
+    The job of a file or a name, with `--accelerate`, `--set` and the other flags applied, with an attention that the
+    model can do where none is named, and as transformers loads weights that are stored quantised.
     """
     from memplan.job.load import load_job
 
     fields = dict(flags)
     launch = fields.pop("accelerate", None)
     loaded = load_job(source, list(overrides or ()), flags=fields, accelerate=launch)
-    if loaded.origins["attention"] in _DEFAULTS and _softcaps_attention(loaded):
-        note = "`attention: eager`, as the model caps its scores and sdpa cannot"
-        job = loaded.job.replace(attention="eager")
-        return loaded._replace(job=job, notes=(*loaded.notes, note))
-    return loaded
-
-
-def _softcaps_attention(loaded: LoadedJob) -> bool:
-    """False as well where the model cannot be found: whoever needs it will say so."""
     try:
-        architecture = resolve_model(loaded.job.model, base_dir=loaded.base_dir)
+        resolved = resolve_config(loaded.job.model, base_dir=loaded.base_dir)
+    except MemplanError:  # whoever needs the model will say that it cannot be found
+        return loaded
+    job, notes = loaded.job, loaded.notes
+    if loaded.origins["attention"] in _DEFAULTS and _softcaps_attention(resolved):
+        job = job.replace(attention="eager")
+        notes += ("`attention: eager`, as the model caps its scores and sdpa cannot",)
+    with suppress(MemplanError):
+        stored = read_stored(resolved.config, resolved.name)
+        if stored is not None:
+            job, changes = as_stored(job, stored)
+            notes += changes
+    return loaded._replace(job=job, notes=notes)
+
+
+def _softcaps_attention(resolved: ResolvedConfig) -> bool:
+    """False as well for a model that cannot be planned by shape."""
+    try:
+        architecture = architecture_from_config(resolved.config, name=resolved.name, source=resolved.source)
     except MemplanError:
         return False
     return architecture.attn_logit_softcapping is not None

@@ -10,6 +10,7 @@ Only what the job's method, loop and GPUs allow is offered, and only what differ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from memplan.fit import costs
@@ -20,6 +21,7 @@ from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 from memplan.tape.liger import FAMILIES as LIGER_FAMILIES
 from memplan.tape.sharding import SHARDED
+from memplan.tape.stored import agrees
 
 SEQUENCE_FRACTIONS = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8)
 SEQUENCE_MULTIPLE = 64
@@ -39,7 +41,7 @@ def candidate_edits(
     Dimensions edit disjoint fields, so that any combination is one job. Those that save most come first: a
     search that tries to do without them is soon done. Tier 4 is part of it only with
     `allow_capacity`, and raises `JobError` where `npt.layers` names no blocks of this model. `can_make` says of
-    an edit whether whoever runs the job has it.
+    an edit whether whoever runs the job has it. How a checkpoint stores its weights stays as it is.
     """
     candidates = [
         states(job, architecture),
@@ -59,6 +61,9 @@ def candidate_edits(
         candidates += [target_modules(job, architecture), rank(job), npt_layers(job, architecture)]
     if can_make is not None:
         candidates = [each.restricted(can_make) for each in candidates if each is not None]
+    if architecture.stored is not None:
+        keeps = partial(agrees, job, architecture.stored)
+        candidates = [each.restricted(keeps) for each in candidates if each is not None]
     return tuple(candidate for candidate in candidates if candidate is not None)
 
 

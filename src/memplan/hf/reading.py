@@ -14,6 +14,7 @@ from memplan.errors import JobError
 from memplan.job.sections import STORAGES
 from memplan.job.spec import AllocatorSettings, Job
 from memplan.model.config import has_other_head
+from memplan.model.stored import of_single_blocks
 
 _OVERRIDDEN = (
     "compute_loss", "training_step", "create_optimizer", "get_batch_samples", "_prepare_inputs", "_clip_grad_norm",
@@ -286,7 +287,9 @@ def _read_quantization(reading: Reading, quantization: Any, *, has_adapters: boo
         "quantization.double_quant": given.get("bnb_4bit_use_double_quant", False),
     }
     skipped = given.get("llm_int8_skip_modules")
-    if skipped:
+    if differ := of_single_blocks(skipped or ()):
+        reading.unknown.append(f"blocks that differ: `{differ[0]}` stays in 16 bits")
+    elif skipped:
         reading.fields["quantization.skip"] = list(skipped)
     storage = str(given.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
     if storage in STORAGES:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from memplan.model.stored import Stored
+
 
 class Parameter(NamedTuple):
     """One parameter tensor, named as transformers names it."""
@@ -124,6 +126,8 @@ class Architecture:
     """Every token sees all others, and masked ones are predicted from where they stand."""
     type_vocab_size: int = 0
     """Kinds of tokens, such as those of a first and a second sentence, that have an embedding each."""
+    stored: Stored | None = None
+    """How the checkpoint stores the weights of linear layers, where that is not as plain numbers."""
     is_resized: bool = False
     """`vocab_size` counts the rows for added tokens already."""
 

@@ -15,6 +15,7 @@ from memplan.errors import ModelError, NotTrained, UnknownModel
 from memplan.model.architecture import Architecture
 from memplan.model.families import MODEL_TYPES, read
 from memplan.model.keys import PROGRAMS_HINT, Keys
+from memplan.model.stored import read_stored
 
 
 def architecture_from_config(config: Mapping[str, Any], *, name: str, source: str) -> Architecture:
@@ -22,14 +23,14 @@ def architecture_from_config(config: Mapping[str, Any], *, name: str, source: st
     The architecture that `AutoModelForCausalLM.from_config` would build from this `config.json`.
 
     Raises `UnknownModel` for a class that the shape writer has no program for; `NotTrained` for one with another head
-    than a language model's, and for checkpoints that are stored quantised; `ModelError`, naming the key, for a config
-    that contradicts itself or lacks a size.
+    than a language model's, and for checkpoints whose storage is not planned (`read_stored`); `ModelError`, naming the
+    key, for a config that contradicts itself or lacks a size.
     """
     refuse_other_head(config, name)
     model_type = _supported_model_type(config, name)
-    refuse_quantized(config, name)
+    stored = read_stored(config, name)
     keys = Keys(config, name, MODEL_TYPES[model_type][0])
-    return Architecture(name=name, source=source, **read(model_type, keys))
+    return Architecture(name=name, source=source, stored=stored, **read(model_type, keys))
 
 
 def class_name_of(config: Mapping[str, Any]) -> str | None:
@@ -112,15 +113,3 @@ def _text_part_hint(text_config: Any) -> str:
         f"To plan its text part alone ({class_name}), save what is under `text_config` as a config.json and name that; "
         "to plan all of it, use `--engine trace`"
     )
-
-
-def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
-    """Raises `NotTrained` for checkpoints that are stored quantised (GPTQ, AWQ, fp8, mxfp4)."""
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise NotTrained(
-            f"The weights of {name} are stored quantised ({method or 'method not stated'}), "
-            "and only 4-bit storage made at loading is understood",
-            hint="Name the checkpoint it was made from, with `method: qlora` to store the base in 4 bits",
-        )

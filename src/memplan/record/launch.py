@@ -57,7 +57,7 @@ def begin_record(
 
     Raises:
         ModelError: the model's config cannot be found.
-        RecordError: torch is missing, or `steps` is not positive.
+        RecordError: torch is missing, `steps` is not positive, or the checkpoint is stored quantised.
     """
     if steps < 1:
         raise RecordError(f"`--steps` is {steps}, and at least one step has to run", hint="use `--steps 3`")
@@ -69,6 +69,11 @@ def begin_record(
         )
     if model_config is None:
         model_config = resolve_config(loaded.job.model, base_dir=loaded.base_dir).config
+    if model_config.get("quantization_config"):
+        raise RecordError(
+            f"the weights of `{loaded.job.model}` are stored quantised, and recordings draw plain numbers",
+            hint="name the checkpoint it was made from, with `method: qlora` to store the base in 4 bits",
+        )
     job = loaded.job.replace(weights="random")
     return RecordFile.create(path, dataclasses.asdict(job), model_config, steps=steps)
 

@@ -25,6 +25,7 @@ from memplan.tape.packing import (
     pack,
     packed_form,
     packs,
+    take_packed,
 )  # fmt: skip
 from memplan.tape.parts import Block, LinearSpec, linear_spec
 from memplan.tape.sharding import Contents, Part, layout, shard_shape
@@ -177,9 +178,13 @@ class Builder:
         elif quantized:
             count, dtype = packed_form(job, prod(shape), self.behaviour.torch)
             self.sent.append((layer, Part(name, (count,), dtype, dtype)))
-            linear.held = pack(
-                self.g, job, name, shape, transposed=spec.transposed,
-                on_device=not self.flat, keeps_packed=self.keeps_packed,
+            linear.held = (
+                take_packed(self.g, job, name, shape, keeps_packed=self.keeps_packed)
+                if self.architecture.stored
+                else pack(
+                    self.g, job, name, shape, transposed=spec.transposed,
+                    on_device=not self.flat, keeps_packed=self.keeps_packed,
+                )
             )  # fmt: skip
         else:
             linear.weight = self.parameter(f"{name}.weight", shape, layer)

@@ -39,7 +39,7 @@ def build_model(builder: Builder, npt_layers: frozenset[int], checkpointed: froz
     outside |= builder.outer(tuple(positions))
     if modules.buffers_before_blocks:
         buffers |= builder.buffers(others)
-    if not builder.cuts_packed:
+    if not builder.cuts_packed and not architecture.stored:
         make_map(g, job)
     blocks = [builder.block(layer, layer in checkpointed) for layer in builder.layers]
     g.begin("load_rest")

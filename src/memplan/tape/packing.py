@@ -133,6 +133,27 @@ def pack(
     return kept
 
 
+def take_packed(g: Graph, job: Job, name: str, shape: Shape, *, keeps_packed: bool = True) -> list[Tensor]:
+    """
+    As `pack`, of a weight that the checkpoint stores packed, with a table of codes for each
+    (bitsandbytes/nn/modules.py, Params4bit.from_prequantized).
+    """
+    num_elements = prod(shape)
+    blocks = -(-num_elements // 64)
+    double = job.quantization.double_quant
+    sizes = {"packed weight": packed_bytes(num_elements)} if keeps_packed else {}
+    sizes |= {"absmax in 8 bits": blocks} if double else {"absmax": blocks * 4}
+    sizes["code"] = 16 * 4
+    if double:
+        sizes |= {"absmax of absmax": -(-blocks // 256) * 4, "code of absmax": DYNAMIC_MAP_BYTES, "offset": 4}
+    return [
+        g.new(
+            (num_bytes,), "uint8", f"{name} {part}", "weights" if part == "packed weight" else "quant_state"
+        )
+        for part, num_bytes in sizes.items()
+    ]
+
+
 def cpu_packing_scratch(num_elements: int, dtype: str, quantization_type: str) -> list[int]:
     """
     Bytes of what is alive at once, beside the weight, while bitsandbytes packs it on the CPU: there quantize_4bit is

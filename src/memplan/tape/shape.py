@@ -26,6 +26,7 @@ from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.packing import refuse_left_in_16_bits
 from memplan.tape.parts import Model
 from memplan.tape.programs import FAMILIES
+from memplan.tape.stored import refuse_unlike_stored
 from memplan.tape.targets import check_targets
 from memplan.tape.zero import ZeroOptimizer
 from memplan.tape.zero3 import Zero3Optimizer
@@ -175,6 +176,7 @@ def _refuse_what_does_not_run(job: Job, architecture: Architecture) -> None:
         )
     if architecture.is_encoder:
         refuse_for_encoder(job)
+    refuse_unlike_stored(job, architecture.stored)
     if job.attention == "sdpa" and architecture.attn_logit_softcapping is not None:
         # sdpa_attention_forward raises ValueError (transformers/integrations/sdpa_attention.py).
         raise JobError(

@@ -18,9 +18,11 @@ from memplan.budget.host import HostSizes
 from memplan.errors import NoSuchAttention, RunError, TraceError, UnknownModel
 from memplan.job.spec import Job
 from memplan.job.targets import is_by_block, matches
-from memplan.model.config import class_name_of, is_masked_lm, refuse_other_head, refuse_quantized
+from memplan.model.config import class_name_of, is_masked_lm, refuse_other_head
+from memplan.model.stored import read_stored
 from memplan.tape.encoders import refuse_for_encoder
 from memplan.tape.repeat import Selection, choose_layers
+from memplan.tape.stored import refuse_unlike_stored
 from memplan.tape.vocabulary import resized_config
 from memplan.train.adapters import without_bitsandbytes
 from memplan.train.build import Built, _prepare, check_head, decoder_of
@@ -50,6 +52,8 @@ class MetaModel:
     """Elements of its input embeddings."""
     class_name: str
     """The class of transformers that it is of."""
+    is_stored: bool = False
+    """Its checkpoint stores the weights of linear layers quantised."""
 
     def sizes(self, trainable: int) -> HostSizes:
         """What host memory depends on; `trainable`: elements that train."""
@@ -100,15 +104,18 @@ def build_meta(
         whole: trace every block instead of a few that stand for the others.
 
     Raises:
-        UnknownModel: the installed transformers cannot build it, it has no language model's head, or its weights are
-            stored quantised.
+        UnknownModel: the installed transformers cannot build it, it has no language model's head, or the storage of
+            its weights is not planned.
         NoSuchAttention: it can, with another attention.
         TraceError: the loop is ours, which does not train it.
-        JobError: it is an encoder, and the job asks for what only decoders have.
+        JobError: it is an encoder, and the job asks for what only decoders have; or its weights are stored otherwise
+            than the job says.
     """
     refuse_other_head(config, job.model)
     if is_masked_lm(config):
         refuse_for_encoder(job)
+    stored = read_stored(config, job.model)
+    refuse_unlike_stored(job, stored)
     model = _base(job, resized_config(job, config))
     name = type(model).__name__
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -141,7 +148,10 @@ def build_meta(
         root = _cut_to_shards(job, built, group) if is_cut else None
         if job.method == "npt":
             _prepare(job, model)
-    return MetaModel(built, root, blocks, selection, num_layers, num_parameters, largest, embedding, name)
+    return MetaModel(
+        built, root, blocks, selection, num_layers, num_parameters, largest, embedding, name,
+        is_stored=stored is not None,
+    )  # fmt: skip
 
 
 def _trainable(module: nn.Module) -> int:
@@ -177,7 +187,6 @@ def _base(job: Job, config: dict[str, Any]) -> Any:
     from transformers import initialization
 
     resolved = as_transformers(config)
-    refuse_quantized(config, job.model)
     _check_class(job, config, resolved)
     with initialization.no_init_weights(), _flash_attention_allowed():
         model = meta_model(job.model, config, resolved, dtype=job.dtype, attention=job.attention)

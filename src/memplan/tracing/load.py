@@ -31,7 +31,7 @@ def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = Fal
         return  # in host memory until accelerate shards it (hf_ranks.py)
     if on_device:
         recorder.scratch((_checkpoint_bytes(job, meta, places),), "room for the model's weights")
-    adapters = _load_base(recorder, job, model, places)
+    adapters = _load_base(recorder, job, model, places, is_stored=meta.is_stored)
     if meta.root is not None:  # shards have their memory, all of them, before any weight comes
         if job.method != "npt":  # whose tensors are made when the rest is there
             _adopt_adapters(recorder, adapters)
@@ -66,6 +66,17 @@ def _adopt_adapters(recorder: Recorder, adapters: list[tuple[torch.Tensor, str, 
         recorder.adopt(parameter, "adapters", where, layer)
 
 
+def _take_packed(recorder: Recorder, module: Any, place: Place) -> None:
+    """A weight that the checkpoint stores packed, with its constants."""
+    name = _where(place, "weight").replace(".base_layer.", ".")
+    module.weight = module.pack_weight(
+        torch.empty(module.weight_shape, dtype=module.weight_dtype, device=META)
+    )
+    recorder.adopt(module.weight, "weights", name, place.layer)
+    for key, tensor in _constants(module.quant_state):
+        recorder.adopt(tensor, "quant_state", f"{name} {key}", place.layer)
+
+
 def _fill_packed_shards(recorder: Recorder, model: nn.Module, places: dict[nn.Module, Place]) -> None:
     for module, is_left in _visits(model, set()):
         if not is_left and _keeps_part(module):
@@ -78,7 +89,7 @@ def _keeps_part(module: Any) -> bool:
 
 
 def _load_base(
-    recorder: Recorder, job: Job, model: nn.Module, places: dict[nn.Module, Place]
+    recorder: Recorder, job: Job, model: nn.Module, places: dict[nn.Module, Place], *, is_stored: bool
 ) -> list[tuple[torch.Tensor, str, int | None]]:
     """All but adapters, which are returned with what to call them and their block."""
     adapters = []
@@ -89,7 +100,7 @@ def _load_base(
                 recorder.adopt(buffer, "weights", _where(place, name), place.layer)
             continue
         if hasattr(module, "pack_weight") and not _keeps_part(module):
-            _pack(recorder, module, place)
+            (_take_packed if is_stored else _pack)(recorder, module, place)
         for name, parameter in module.named_parameters(recurse=False):
             held = local_part(parameter)
             if recorder.host is not None and is_sharded(parameter):  # all but what an NPT block adds
@@ -149,14 +160,16 @@ def _pack(recorder: Recorder, module: Any, place: Place) -> None:
     if not is_sharded(module.weight):
         module.weight = packed
         recorder.name(packed, "weights", name)
-    _name_state(recorder, module.quant_state, name)
+    for key, tensor in _constants(module.quant_state):
+        recorder.name(tensor, "quant_state", f"{name} {key}")
 
 
-def _name_state(recorder: Recorder, state: Any, name: str) -> None:
+def _constants(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The constants of a packed weight, and those of the constants."""
     for key in ("absmax", "code", "offset"):
         tensor = getattr(state, key, None)
         if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter):
-            recorder.name(tensor, "quant_state", f"{name} {key}")
+            yield key, tensor
     if state.state2 is not None:
-        _name_state(recorder, state.state2, f"{name} nested")
+        for key, tensor in _constants(state.state2):
+            yield f"nested {key}", tensor

@@ -38,6 +38,11 @@ def check_trainable(loaded: LoadedJob) -> None:
     with suppress(ModelError):  # who plans or builds the model says that it cannot be found
         config = resolve_config(job.model, base_dir=loaded.base_dir).config
     refuse_encoder(job, config)
+    if config.get("quantization_config"):
+        raise RunError(
+            f"the weights of `{job.model}` are stored quantised, and this trainer reads 16 or 32 bits",
+            hint="name the checkpoint it was made from, which `method: qlora` stores in 4 bits as it loads it",
+        )
     _check_packages(job)
     if job.data.train is None:
         raise DataError(
