@@ -15,6 +15,7 @@ FIELDS = (
     "expert_masks",
     "expert_deltas",
     "divides_tokens",
+    "sums_masks",
     "torch",
     "checkpoints_forward",
 )

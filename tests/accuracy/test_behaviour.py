@@ -122,13 +122,12 @@ def test_experts_positions_and_tokens_of_aversion_numbers(
 
 def test_versions_that_are_not_named_are_those_at_hand():
     """
-    Of a source that names none the plan is that of `memplan estimate`; slices matter with an older torch only, and only
-    published runs are known to have the collators of transformers, with their mask.
+    Of a source that names none the plan is that of `memplan estimate`; slices matter with an older torch only.
     """
     job = TRAINER.replace(activation_checkpointing="none")
     named = Behaviour.for_software(job, {}, family="llama")
 
-    assert Behaviour.for_job(job) == replace(named, slices_hidden=False, mask_in_batch=False)
+    assert Behaviour.for_job(job) == replace(named, slices_hidden=False)
 
 
 def test_kernels_and_padding_are_taken_as_given():
@@ -185,12 +184,15 @@ def test_cublaslt_keeps_a_workspace_of_its_own_for_a_while(version: str, kept: i
 
 
 def test_the_loop_decides_what_is_held():
-    """memplan holds nothing, the Trainer hidden states and a float32 output, a script its output and cache."""
+    """memplan holds nothing, the Trainer hidden states, a float32 output and a mask, a script its output and cache."""
     jobs = [Job(model="x", loop=loop, autocast="bfloat16") for loop in ("memplan", "hf_trainer", "script")]
     ours, trainer, script = (Behaviour.for_job(job) for job in jobs)
 
     assert Behaviour() == ours
-    assert Behaviour(hold_hidden=True, float_output=True, prefetch=True, trainer_scalars=True) == trainer
+    held = Behaviour(
+        hold_hidden=True, float_output=True, prefetch=True, trainer_scalars=True, mask_in_batch=True
+    )
+    assert held == trainer
     assert Behaviour(hold_hidden=True, hold_logits=True, use_cache=True) == script
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, Trainer
 
-from hf.tiny_trainers import LENGTH, arguments, config, lora, model, rows, trainer
+from hf.tiny_trainers import LENGTH, arguments, collate, config, lora, model, rows, trainer
 from memplan.errors import DataError, JobError, TraceError, UnknownModel
 from memplan.hf import MemplanCallback, preflight
 from memplan.hf.batch import largest_batch
@@ -304,12 +304,29 @@ def test_of_large_data_some_rows_are_looked_at(tmp_path: Path, monkeypatch: pyte
     assert batch.notes == ("the longest of 5 rows out of 16 is taken for the longest",)
 
 
-def test_a_mask_is_planned_where_rows_are_padded(tmp_path: Path) -> None:
-    run = trainer(tmp_path, data=rows([64] * 3 + [9]))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_mask_is_planned_where_rows_are_padded(tmp_path: Path, attention: str) -> None:
+    built = model()
+    built.set_attn_implementation(attention)
+    run = trainer(tmp_path, built, data=rows([256] * 3 + [9]))
     shape, trace = (preflight(run, gpu="24GB", engine=engine) for engine in ("shape", "trace"))
-    assert shape.peak_bytes == pytest.approx(trace.peak_bytes, rel=0.001)
-    full = preflight(trainer(tmp_path, data=rows([64] * 4)), gpu="24GB")
-    assert shape.peak_bytes != full.peak_bytes
+    assert not shape.reasons and shape.peak_bytes == trace.peak_bytes
+    assert shape.result.peak.reserved_bytes == trace.result.peak.reserved_bytes
+    full = preflight(trainer(tmp_path, built, data=rows([256] * 4)), gpu="24GB")
+    assert (shape.peak_bytes == full.peak_bytes) == (attention == "eager")
+
+
+def test_a_collator_without_a_mask_is_planned_without(tmp_path: Path) -> None:
+    """What the batch holds decides, not what transformers' collators make."""
+    run, bare = trainer(tmp_path), trainer(tmp_path)
+    bare.data_collator = lambda rows: {
+        name: tensor for name, tensor in collate(rows).items() if name != "attention_mask"
+    }
+    plans = [
+        preflight(each, gpu="24GB", engine=engine) for each in (run, bare) for engine in ("shape", "trace")
+    ]
+    peaks = [plan.peak_bytes for plan in plans]
+    assert peaks[0] == peaks[1] == peaks[2] + 2 * LENGTH * 8 and peaks[2] == peaks[3]
 
 
 def test_a_padded_batch_on_the_cpu_is_what_is_measured(tmp_path: Path) -> None:

@@ -156,6 +156,12 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"loop": "hf_trainer", "dtype": "float32", "autocast": "bfloat16", LOSS: 2}),
     ("llama", {"loop": "hf_trainer", "method": "lora", CKPT: "full", LOSS: 4, "train__max_grad_norm": 1.0}),
     ("qwen3", {"loop": "hf_trainer", CKPT: "full", "activation_offload": True}),
+    ("llama", {"loop": "hf_trainer", "attention": "eager", CKPT: "full"}),
+    ("mistral, sliding", {"loop": "hf_trainer", "method": "lora"}),
+    ("gemma3", {"loop": "hf_trainer", "attention": "eager"}),
+    ("falcon", {"loop": "hf_trainer", "micro_batch_size": 3}),
+    ("gpt2", {"loop": "hf_trainer", "attention": "flash_attention_2", "max_seq_len": 512}),
+    ("bert", {"loop": "hf_trainer", "attention": "flash_attention_2"}),
     (
         "llama",
         {"method": "lora", SAVED: BOTH, "loop": "hf_trainer", "autocast": "bfloat16", CKPT: "full", LOSS: 2},

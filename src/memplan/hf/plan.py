@@ -197,7 +197,11 @@ def _as_job(
         return None
     job = reading.job(card)
     architecture = architecture_from_config(config, name=job.model, source="the model's config")
-    behaviour = replace(Behaviour.for_model(job, architecture.family), padding_mask=batch.is_padded)
+    behaviour = replace(
+        Behaviour.for_model(job, architecture.family),
+        padding_mask=batch.is_padded,
+        mask_in_batch="attention_mask" in batch.tensors,
+    )
     if reading.has_flat_parameters:
         if job.method != "full" and job.autocast is not None:
             reading.unknown.append("adapters under FSDP1 without `use_orig_params`")

@@ -51,8 +51,15 @@ def observed_trainer(begin: Callable[[str, int], None], end_step: Callable[[int]
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """Rows of one length as a batch of tensors, whose labels are its ids."""
+    """
+    Rows of one length as a batch of tensors, whose labels are its ids, with a mask of ones, as
+    transformers.DataCollatorForLanguageModeling makes it of them.
+    """
     import torch
 
     input_ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.int64)
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": input_ids.clone(),
+    }

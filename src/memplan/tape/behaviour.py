@@ -135,8 +135,13 @@ class Behaviour:
     """Batches are padded, so that sdpa is given a mask."""
     mask_in_batch: bool = False
     """
-    Batches hold a mask of ones beside ids and labels, whether it is looked at or not: transformers' collators take it
-    from `tokenizer.pad` (data/data_collator.py).
+    Batches hold a mask of ones beside ids and labels: transformers' collators take it from `tokenizer.pad`
+    (data/data_collator.py), TRL's makes one (trainer/sft_trainer.py, DataCollatorForLanguageModeling).
+    """
+    sums_masks: bool = True
+    """
+    Whether a mask masks anything is seen from its sum: transformers since 5.14; before that `all` of it is
+    asked for (masking_utils.py, fast_all).
     """
     check_packing: bool = True
     """Positions are looked at for packed documents: transformers from 4.54 on (masking_utils.py)."""
@@ -289,6 +294,7 @@ class Behaviour:
             clones_output=ddp and (adapters or job.activation_checkpointing == "none"),
             prefetch=trainer,
             trainer_scalars=trainer and not zero_stage(job),
+            mask_in_batch=trainer,
             # The Trainer switches checkpointing on as users do, and transformers 5 then makes the output of the
             # embeddings require gradients (modeling_utils.py, activation_checkpointing_enable).
             # So does peft's prepare_model_for_kbit_training.
@@ -363,7 +369,7 @@ class Behaviour:
             repeat_key_heads=transformers < ((4, 54) if job.attention == "sdpa" else (4, 48))
             and (job.attention == "sdpa" or family == "mistral"),
             padding_mask=padded,
-            mask_in_batch=job.loop == "hf_trainer",
+            sums_masks=transformers >= (5, 14),
             check_packing=transformers >= (4, 54),
             checkpoints_forward=transformers >= (5, 23),
             remap_positions=transformers >= (5, 23),

@@ -14,6 +14,7 @@ from memplan.tape.linear import Linear, autocast_to
 from memplan.tape.loss import drop_last_position, shifted_labels
 from memplan.tape.modules import hooked
 from memplan.tape.ops import alias
+from memplan.tape.scratch import cast_to_sum
 from memplan.tape.tensors import Gradients, Node, Tensor
 
 MAX_FUSED_SIZE = 65536
@@ -100,6 +101,7 @@ def liger_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor, *, before
     losses = g.new((num_tokens,), "float32", "losses")
     counted = g.new((num_tokens,), "bool", "targets that count")
     count = g.new((), "int64", "number of targets")
+    g.scratch(*cast_to_sum(num_tokens), name="sum")
     del count
     chunk_tokens = min(_chunk_tokens(num_tokens, head.out_features, width), num_tokens)
     dtype = g.autocast or hidden.dtype

@@ -23,9 +23,10 @@ from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.parts import Model
 from memplan.tape.programs import Settings, decoder
 from memplan.tape.programs import logits as logits_of
+from memplan.tape.scratch import cast_to_sum
 from memplan.tape.sharding import whole_root
 from memplan.tape.tensors import Tensor
-from memplan.tape.trl_head import trl_loss
+from memplan.tape.trl_head import Outputs, trl_forward, trl_loss
 from memplan.tape.views import whole_slices
 from memplan.tape.zero import ZeroOptimizer
 from memplan.tape.zero3 import Zero3Optimizer
@@ -192,7 +193,7 @@ class Loop:
             return
         if micro == 1:
             batches = [self.new_batch(length) for _ in range(self.job.gradient_accumulation_steps)]
-            tokens = self.count_tokens([labels for _, labels, *_ in batches])
+            tokens = self.count_tokens([labels for *_, labels in batches])
             self.batches = batches
             self.num_tokens = tokens
         self.batch = self.batches[micro - 1]
@@ -209,9 +210,11 @@ class Loop:
             rows, length = labels.shape
             counted = g.new((rows, length - shifts), "bool", "targets", "inputs")
             if not self.behaviour.trainer_scalars:
+                g.scratch(*cast_to_sum(prod(counted.shape)), name="sum")
                 del counted
                 continue
             tokens = g.new((), "int64", "targets of a batch", "inputs")
+            g.scratch(*cast_to_sum(prod(counted.shape)), name="sum")
             del counted
             total = g.new((), "int64", "targets so far", "inputs")
             del tokens
@@ -220,22 +223,23 @@ class Loop:
         return g.new((), "float32", "targets of a step", "inputs")
 
     def new_batch(self, length: int) -> tuple[Tensor, ...]:
-        """Ids and labels on the device, and positions where rows are packed."""
+        """Ids on the device, the collator's mask or the positions where rows are packed, and last the labels."""
         g, job = self.g, self.job
         shape = (job.micro_batch_size, length)
         if self.packed and job.attention == "flash_attention_2":
             shape = (1, prod(shape))  # the trainer hands it all documents in one row (train/data.py, flatten)
         ids = g.new(shape, "int64", "input ids", "inputs")
+        if self.behaviour.mask_in_batch:
+            mask = g.new(shape, "int64", "attention mask", "inputs")
+            return ids, mask, g.new(shape, "int64", "labels", "inputs")
         labels = g.new(shape, "int64", "labels", "inputs")
         if self.packed:
             self.settings.position_ids = g.new(shape, "int64", "position ids", "inputs")
-        if self.behaviour.mask_in_batch:
-            return ids, labels, g.new(shape, "int64", "attention mask", "inputs")
         return ids, labels
 
     def forward(self, label: str) -> Tensor | None:
         g, job = self.g, self.job
-        ids, labels, *_ = self.batch
+        ids, *_, labels = self.batch
         self.settings.cache = []
         loss = None
         with whole_root(g):
@@ -283,7 +287,11 @@ class Loop:
                     held[0], lambda x: chunked_loss(g, x, head, labels, softcapped=softcapped)
                 )
             else:
-                loss = self.on_head(held[0], lambda x: trl_loss(g, x, head, labels))
+                outputs = Outputs()
+                returned = [self.on_head(held[0], lambda x: trl_forward(g, x, head, outputs))]
+                held.clear()
+                g.leave_autocast()
+                return trl_loss(g, returned, outputs)
             g.leave_autocast()
             return loss
         if form == "fused":

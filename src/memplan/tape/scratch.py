@@ -73,6 +73,12 @@ SOURCES = {
         f"{_CUDA}Sort.cpp and SortStable.cu, one segment",
         ("sort",),
     ),
+    "cast_to_sum": Source(
+        "a sum or a running sum in another dtype: all that is summed in that dtype",
+        "read",
+        "aten/src/ATen/native/ReduceOpsUtils.h, make_reduction; ReduceOps.cpp, impl_func_cum_ops",
+        ("sum", "cumsum"),
+    ),
     "batched_operand": Source(
         "a copy of an operand whose rows and columns are both strided",
         "read",
@@ -242,6 +248,11 @@ def sort(num_elements: int) -> list[int]:
     """Of one row of int64: the unsorted positions and, where it is long, copies of keys and values in between."""
     positions = num_elements * 8
     return [positions] if num_elements <= SORT_SPILLS_ABOVE else [positions, 2 * positions + 65536]
+
+
+def cast_to_sum(num_elements: int, itemsize: int = 8) -> list[int]:
+    """Bools are summed as int64."""
+    return [num_elements * itemsize]
 
 
 def batched_operand(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> list[int]:

@@ -6,11 +6,13 @@ once more in backward.
 
 from __future__ import annotations
 
+from math import prod
+
 from memplan.tape.graph import Graph
 from memplan.tape.linear import Linear
 from memplan.tape.loss import Locals
-from memplan.tape.ops import alias
-from memplan.tape.scratch import index_put_accumulate
+from memplan.tape.ops import alias, scale, scale_backward
+from memplan.tape.scratch import cast_to_sum, index_put_accumulate
 from memplan.tape.tensors import Gradients, Node, Tensor
 
 TILE_TOKENS = 4096
@@ -21,52 +23,126 @@ _STATISTICS = 7
 """float32 numbers per token that the kernel keeps while it goes through the vocabulary."""
 
 
-def trl_loss(g: Graph, hidden: Tensor, head: Linear, labels: Tensor) -> Tensor:
-    """The loss of (B, S, d) hidden states, every token of which counts. The caller holds `hidden`."""
+class Outputs:
+    """What the model with TRL's head returns beside the log-probabilities, in the order in which it goes."""
+
+    loss: list[Tensor]
+    """The model's own, which is not trained on, and what its graph keeps."""
+    others: list[Tensor]
+    """Entropy and hits, (B, S - 1)."""
+    mask: Tensor
+    """Labels that count, (B, S - 1)."""
+
+
+def trl_forward(g: Graph, hidden: Tensor, head: Linear, outputs: Outputs) -> Tensor:
+    """
+    Log-probabilities (B, S - 1) of (B, S, d) hidden states, every token of which counts. The caller holds `hidden`;
+    `outputs` is given the rest.
+    """
     batch, length, _ = hidden.shape
+    shape = (batch, length - 1)
     weight = head.current_weight(g)
-    mask = g.new((batch, length - 1), "bool", "labels that count")
-    rows = _select_hidden(g, hidden)
+    mask = outputs.mask = g.new(shape, "bool", "labels that count")
+    rows = _select_hidden(g, hidden, mask)
     targets = _select_labels(g, batch * (length - 1))
-    log_probabilities = _log_probabilities(g, rows, weight, targets)
+    log_probabilities, hits = _log_probabilities(g, rows, weight, targets)
     del rows, targets
-    scattered = _scattered(g, log_probabilities, (batch, length - 1))
-    entropy = _scattered(g, None, (batch, length - 1))
-    del log_probabilities
-    negated = g.new(scattered.shape, "float32", "losses")
-    if g.needs(scattered):
-        g.record(negated, (scattered,), [], _negated_backward)
-    loss = g.new((), "float32", "loss per token")
+    scattered = _scattered(g, log_probabilities, shape)
+    outputs.others = [_scattered(g, None, shape), _scattered(g, None, shape, "bool")]
+    del log_probabilities, hits
+    total = g.new((), "float32", "sum of log-probabilities")
+    negated = g.new((), "float32", "sum of losses")
+    del total
+    count = _count(g, mask, "labels")
+    bounded = g.new((), "int64", "number of labels, at least one")
+    del count
+    outputs.loss = [g.new((), "float32", "loss per label of the batch"), bounded]
+    del negated, bounded
+    return scattered
+
+
+def trl_loss(g: Graph, held: list[Tensor], outputs: Outputs) -> Tensor:
+    """
+    SFTTrainer.compute_loss: per label of the step, with what it logs (trl 1.16, trainer/sft_trainer.py). `held` is the
+    only reference to the log-probabilities.
+    """
+    log_probabilities = held[0]
+    negated = g.new(log_probabilities.shape, "float32", "losses")
+    if g.needs(log_probabilities):
+        g.record(negated, (log_probabilities,), [], _negated_backward)
+    total = g.new((), "float32", "sum of losses")
     if g.needs(negated):
-        g.record(loss, (negated,), [], _sum_backward)
-    del scattered, entropy, mask
+        g.record(total, (negated,), [], _sum_backward)
+    number = g.new((), "float32", "labels of the step, at least one")
+    quotient = g.new((), "float32", "loss per label")
+    if g.needs(total):
+        g.record(quotient, (total,), [number], scale_backward)
+    del total, number
+    loss = scale(g, quotient, "loss of this process")
+    del quotient
+    _log(g, outputs)
+    outputs.loss.clear()
+    del log_probabilities
+    held.clear()
+    while outputs.others:
+        del outputs.others[0]
+    del outputs.mask, negated
     return loss
 
 
-def _select_hidden(g: Graph, hidden: Tensor) -> Tensor:
+def _log(g: Graph, outputs: Outputs) -> None:
+    """Entropy and accuracy per label, and the tokens of the batch, each summed twice: once over processes."""
+    sums = []
+    for values in (outputs.mask, *outputs.others):
+        of_process = _count(g, values, values.dtype)
+        sums.append(g.new((), of_process.dtype, "sum over processes"))
+        del of_process
+    for _ in outputs.others:
+        g.new((), "bool", "whether labels count")
+        g.new((), "float32", "mean")
+    tokens = g.new((), "int64", "tokens of the batch")
+    g.new((), "int64", "tokens over processes")
+    del tokens
+    while sums:
+        del sums[0]
+
+
+def _count(g: Graph, values: Tensor, name: str) -> Tensor:
+    is_bool = values.dtype == "bool"
+    total = g.new((), "int64" if is_bool else values.dtype, f"sum of {name}")
+    if is_bool:
+        g.scratch(*cast_to_sum(prod(values.shape)), name="sum")
+    return total
+
+
+def _select_hidden(g: Graph, hidden: Tensor, mask: Tensor) -> Tensor:
     """`hidden[:, :-1][mask]`."""
     batch, length, width = hidden.shape
     count = batch * (length - 1)
     positions = g.new((count, 2), "int64", "positions of the labels that count")
     rows = g.new((count, width), hidden.dtype, "hidden states that count")
     if g.needs(hidden):
-        g.record(rows, (hidden,), [], _select_backward, hidden.shape)
+        part = alias(hidden, (batch, length - 1, width))
+        g.record(part, (hidden,), [], _part_backward, hidden.shape)
+        g.record(rows, (part,), [mask], _select_backward, part.shape)
     del positions
     return rows
 
 
 def _select_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
-    """Added up in zeros of all positions but the last, which are then part of zeros of all."""
-    batch, length, width = node.extra
+    """Added up in zeros of all positions but the last."""
     rows = gradients.pop(0)
-    part = g.new((batch, length - 1, width), rows.dtype, "grad of positions with a label")
+    part = g.new(node.extra, rows.dtype, "grad of positions with a label")
     positions = g.new((rows.shape[0], 2), "int64", "positions of the labels that count")
     if g.device == "cuda":
         g.scratch(*index_put_accumulate(rows.shape[0]), name="index_put")
     del positions, rows
-    whole = g.new(node.extra, part.dtype, "grad of all positions")
-    del part
-    return [whole]
+    return [part]
+
+
+def _part_backward(g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]) -> Gradients:
+    """Part of zeros of all positions."""
+    return [g.new(node.extra, gradients[0].dtype, "grad of all positions")]
 
 
 def _select_labels(g: Graph, count: int) -> Tensor:
@@ -76,8 +152,8 @@ def _select_labels(g: Graph, count: int) -> Tensor:
     return targets
 
 
-def _log_probabilities(g: Graph, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """ChunkedLogProbFunction.forward, with the entropy and the hits that SFTTrainer logs."""
+def _log_probabilities(g: Graph, rows: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """ChunkedLogProbFunction.forward, with the entropy and the hits that SFTTrainer logs, which it returns too."""
     count = rows.shape[0]
     dtype = g.autocast or rows.dtype
     statistics = [g.new((count,), "float32", "statistics of tokens") for _ in range(_STATISTICS)]
@@ -98,8 +174,8 @@ def _log_probabilities(g: Graph, rows: Tensor, weight: Tensor, targets: Tensor) 
     while statistics:
         del statistics[0]
     kept.clear()
-    del tile, normaliser, entropy, hits
-    return out
+    del tile, normaliser, entropy
+    return out, hits[0]
 
 
 def _multiply_tiles(g: Graph, rows: Tensor, weight: Tensor, dtype: str, *, keeps_head: bool) -> Locals:
@@ -148,10 +224,10 @@ def _log_probabilities_backward(
     return outputs
 
 
-def _scattered(g: Graph, values: Tensor | None, shape: tuple[int, int]) -> Tensor:
+def _scattered(g: Graph, values: Tensor | None, shape: tuple[int, int], dtype: str = "float32") -> Tensor:
     """Zeros with the values of the tokens that count, a copy; None: values that no gradient is asked of."""
-    zeros = g.new(shape, "float32", "zeros")
-    out = g.new(shape, "float32", "values of all positions")
+    zeros = g.new(shape, dtype, "zeros")
+    out = g.new(shape, dtype, "values of all positions")
     del zeros
     if values is not None and g.needs(values):
         g.record(out, (values,), [], _scattered_backward, values.shape)

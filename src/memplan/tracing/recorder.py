@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.tracing.replaced import replaced
-from memplan.tracing.scratch import SCRATCH
+from memplan.tracing.scratch import ON_ANY_DEVICE, SCRATCH
 from memplan.tracing.shadow import Shadows
 from memplan.tracing.specs import outputs
 from memplan.tracing.storages import Storages
@@ -143,7 +143,7 @@ class Recorder(Storages, TorchDispatchMode):
             self._see(out, "inputs" if arrives else place.category, operation.name)
             if operation.name in _GATHERING and self.multiplicity and place.layer is None:
                 self._count_all(out, args[0])
-        if operation.scratch is not None and self.kernel_scratch:
+        if operation.scratch is not None:
             self.scratch(operation.scratch(*args, **kwargs), operation.name.removeprefix("aten::"))
         if known is not None:
             self.shadows.attach(out, known)
@@ -159,7 +159,7 @@ class Recorder(Storages, TorchDispatchMode):
             name=name,
             fresh=any(result.alias_info is None for result in func._schema.returns),
             handler=self.handlers.get(name),
-            scratch=SCRATCH.get(name),
+            scratch=SCRATCH.get(name) if self.kernel_scratch or name in ON_ANY_DEVICE else None,
             is_conversion=name == "aten::to",
             is_product=name in PRODUCTS,
             is_pure=self.device_type == "meta" and _is_pure(func._schema),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memplan.tape import scratch
@@ -54,6 +55,21 @@ def _sort(values: Tensor, *_: Any, **__: Any) -> list[int]:
     return scratch.sort(values.numel()) if values.dim() == 1 else []
 
 
+def _sum(values: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> list[int]:
+    """Not of 16 bits in float32, which CUDA's kernel converts as it reads."""
+    kind = values.dtype
+    summed = dtype or (kind if kind.is_floating_point or kind.is_complex else torch.int64)
+    if summed == kind or (summed == torch.float32 and kind in (torch.float16, torch.bfloat16)):
+        return []
+    return scratch.cast_to_sum(values.numel(), summed.itemsize)
+
+
+def _running_sum(values: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> list[int]:
+    kind = values.dtype
+    summed = dtype or (kind if kind.is_floating_point or kind.is_complex else torch.int64)
+    return scratch.cast_to_sum(values.numel(), summed.itemsize) if summed != kind else []
+
+
 def _product(*operands: Any, **_: Any) -> list[int]:
     """bmm and baddbmm: the two operands come last."""
     return [
@@ -70,9 +86,14 @@ SCRATCH: dict[str, Callable[..., list[int]]] = {
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
     "aten::_scaled_dot_product_cudnn_attention_backward": _cudnn_backward,
     "aten::sort": _sort,
+    "aten::sum": _sum,
+    "aten::cumsum": _running_sum,
     "aten::bmm": _product,
     "aten::baddbmm": _product,
     "aten::index_put": _index_put,
     "aten::index_put_": _index_put,
     "aten::_index_put_impl_": _index_put,
 }
+
+ON_ANY_DEVICE = ("aten::sum", "aten::cumsum")
+"""Not CUDA's kernels, but what comes before them."""

@@ -15,6 +15,7 @@ from memplan.tape.programs.layers import (
     biased_norm,
     leaf,
 )
+from memplan.tape.programs.masks import given_mask, look_at_all
 from memplan.tape.tensors import Tensor
 
 EMBEDDINGS = "bert.embeddings"
@@ -22,10 +23,12 @@ TRANSFORM = "cls.predictions.transform"
 
 
 def decoder(g: Graph, model: Model, ids: Tensor, settings: Settings) -> Tensor:
-    """There is no mask: every token sees all others."""
+    """Every token sees all others: a mask of a batch without padding is looked at, and none is made."""
     with g.module("bert"):
         with g.module("embeddings"):
             hidden = _embedded(g, model, ids, settings)
+        with g.module("mask"):
+            look_at_all(g, given_mask(g, ids.shape, settings))
         with g.module("encoder.layer"):
             given = dict.fromkeys(model.architecture.attention_kinds, Given(None))
             output = run_blocks(g, model, hidden, settings, _block, given)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from memplan.tape.graph import Graph
 from memplan.tape.ops import alias
 from memplan.tape.programs.blocks import Settings
+from memplan.tape.scratch import cast_to_sum
 from memplan.tape.tensors import Tensor
 
 
@@ -35,21 +38,55 @@ def attention_mask(
     """
     The (B, 1, S, S) mask of masking_utils.py, of a sliding window where one is given. Eager attention always adds one:
     made as bool, kept in the dtype of the hidden states. sdpa takes one, of bool, where documents are packed, the
-    window is not longer than the sequence, or the model `always` makes one, which then knows of no documents, and
-    flash_attention_2 none.
+    window is not longer than the sequence, the batch holds padding, or the model `always` makes one, which then knows
+    of no documents, and flash_attention_2 none. That of a batch is looked at, and part of what is made.
     """
-    needed = settings.position_ids is not None or always or (window is not None and shape[1] >= window)
+    behaviour, slides = settings.behaviour, window is not None and shape[1] >= window
+    padded = behaviour.mask_in_batch and behaviour.padding_mask and behaviour.check_packing
+    needed = settings.position_ids is not None or always or slides
     with g.module("mask"):
-        documents = None if always else _documents(g, shape, settings)
-        if settings.attention == "flash_attention_2" or (settings.attention == "sdpa" and not needed):
+        given = given_mask(g, shape, settings)
+        documents = None if always or given is not None else _documents(g, shape, settings)
+        if settings.attention == "flash_attention_2":
+            look_at_all(g, given)
             return None
-        allowed = _allowed(g, shape, documents, window, settings)
+        if settings.attention == "sdpa" and not needed:
+            for _ in range(
+                1 + padded
+            ):  # where it masks anything, the part beside a cache is looked at as well
+                (_look_at_sum if behaviour.sums_masks else look_at_all)(g, given)
+            if not padded:
+                return None
+        allowed = _allowed(g, shape, documents, given if behaviour.check_packing else None, window, settings)
         if settings.attention == "sdpa":
             return allowed
         zero, lowest = g.new((), dtype, "zero"), g.new((), dtype, "lowest")
         mask = g.new((shape[0], 1, shape[1], shape[1]), dtype, "causal mask")
         del lowest, zero
     return mask
+
+
+def given_mask(g: Graph, shape: tuple[int, ...], settings: Settings) -> Tensor | None:
+    """
+    That of the batch (B, S) as bool, where there is one (masking_utils.py, _preprocess_mask_arguments). Before 4.54 it
+    was compared with ones, which takes as much (modeling_attn_mask_utils.py, _ignore_causal_mask_sdpa).
+    """
+    return g.new(shape, "bool", "mask of the batch") if settings.behaviour.mask_in_batch else None
+
+
+def look_at_all(g: Graph, given: Tensor | None) -> None:
+    """`given.all()`"""
+    if given is not None:
+        g.new((), "bool", "whether nothing is masked")
+
+
+def _look_at_sum(g: Graph, given: Tensor | None) -> None:
+    """fast_all of masking_utils.py: `given.sum() == given.numel()`"""
+    if given is not None:
+        total = g.new((), "int64", "tokens that are not masked")
+        g.scratch(*cast_to_sum(prod(given.shape)), name="sum")
+        g.new((), "bool", "whether nothing is masked")
+        del total
 
 
 def _documents(g: Graph, shape: tuple[int, ...], settings: Settings) -> Tensor | None:
@@ -67,6 +104,7 @@ def _documents(g: Graph, shape: tuple[int, ...], settings: Settings) -> Tensor |
     del joined
     restarts = g.new((batch, length), "bool", "restarts")
     documents = g.new((batch, length), "int64", "documents")
+    g.scratch(*cast_to_sum(batch * length), name="cumsum")
     del restarts
     is_one = g.new((batch,), "bool", "rows of one document")
     every = g.new((), "bool", "rows of one document")
@@ -75,15 +113,25 @@ def _documents(g: Graph, shape: tuple[int, ...], settings: Settings) -> Tensor |
 
 
 def _allowed(
-    g: Graph, shape: tuple[int, ...], documents: Tensor | None, window: int | None, settings: Settings
+    g: Graph,
+    shape: tuple[int, ...],
+    documents: Tensor | None,
+    given: Tensor | None,
+    window: int | None,
+    settings: Settings,
 ) -> Tensor:
-    """sdpa_mask of masking_utils.py: which keys a query sees, as bool, from indices along every dimension."""
+    """
+    sdpa_mask of masking_utils.py: which keys a query sees, as bool, from indices along every dimension; (1, 1, S, S),
+    or (B, 1, S, S) where documents or a mask are given.
+    """
     batch, length = shape
     rows, heads = g.new((batch,), "int64", "index of row"), g.new((1,), "int64", "index of head")
     query, key = counted(g, length), counted(g, length)
     if documents is not None:
         packed = _packed_mask if settings.behaviour.remap_positions else _packed_mask_of_rows
         allowed = packed(g, batch, length, window)
+    elif given is not None:
+        allowed = _not_padding(g, batch, length, window)
     else:
         allowed = _causal_mask(g, 1, length, window)
     del rows, heads, query, key
@@ -105,6 +153,20 @@ def _causal_mask(g: Graph, batch: int, length: int, window: int | None) -> Tenso
     del both
     part = g.new(shape, "bool", "causal mask")
     mask = g.new(shape, "bool", "sliding causal mask")
+    del part, result
+    return mask
+
+
+def _not_padding(g: Graph, batch: int, length: int, window: int | None) -> Tensor:
+    """(B, 1, S, S): as without a mask, and then those keys of the given one (padding_mask_function)."""
+    result = g.new((), "bool", "mask so far")
+    part = _causal_mask(g, 1, length, window)
+    both = g.new((1, 1, length, length), "bool", "mask so far")
+    del part
+    result = both
+    del both
+    part = g.new((batch, 1, 1, length), "bool", "keys that are no padding")
+    mask = g.new((batch, 1, length, length), "bool", "causal mask")
     del part, result
     return mask
 
