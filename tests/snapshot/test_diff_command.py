@@ -190,3 +190,19 @@ def test_a_plan_that_was_written_keeps_its_names(folder):
 
     assert diff("a.yaml", "b.yaml")["tensors"] == found["tensors"]
     assert 0 == found["alike"]["by_size"]
+
+
+def test_launch_settings_lie_over_jobs_alone(folder):
+    """Over both jobs, or over that beside a recording; two recordings have none to lay them over."""
+    job = JOB.format(2, "full") + "loop: hf_trainer\n"
+    (folder / "c.yaml").write_text(job)
+    (folder / "d.yaml").write_text(job + "parallel: {dp_replicate: 4}\n")
+    (folder / "launch.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 4\n")
+
+    assert {"parallel.dp_replicate": [1, 4]} == diff("c.yaml", "d.yaml")["fields"]
+    assert {} == diff("c.yaml", "d.yaml", "--accelerate", "launch.yaml")["fields"]
+    changed = {amount["name"]: amount["a_bytes"] for amount in diff("d.yaml", "a.pickle")["totals"]}
+    launched = diff("c.yaml", "a.pickle", "--accelerate", "launch.yaml")["totals"]
+    assert changed == {amount["name"]: amount["a_bytes"] for amount in launched}
+    refused = run("diff", "a.pickle", "a.pickle", "--accelerate", "launch.yaml")
+    assert 2 == refused.code and "both sides are recordings" in refused.stderr

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memplan.cli.options import check_choice
+from memplan.cli.options import Accelerate, check_choice
 from memplan.errors import JobError
 from memplan.units import format_bytes
 
@@ -34,6 +34,7 @@ def diff(
         str | None,
         typer.Option("--fail-over", metavar="5%|1GiB", help="Exit with 1 if B needs this much more than A"),
     ] = None,
+    accelerate: Accelerate = None,
     output_format: Annotated[
         str, typer.Option("--format", metavar="|".join(FORMATS), help="What to print")
     ] = "text",
@@ -42,14 +43,20 @@ def diff(
     Show what B takes more or less than A, tensor by tensor
 
     Two jobs, two recorded runs, or a plan and its run: totals, categories and phases side by side, and the
-    tensors that differ at the peak, largest first. Exit code: 0, or 1 if B needs more than --fail-over
-    allows.
+    tensors that differ at the peak, largest first. Launch settings of accelerate lie over either job. Exit
+    code: 0, or 1 if B needs more than --fail-over allows.
     """
     from memplan.cli.output import emit, note, write_screen
+    from memplan.cli.recording import is_recording
     from memplan.snapshot.compare import compare
 
     check_choice("--format", output_format, FORMATS)
-    left, right = read_side(a, gpu), read_side(b, gpu)
+    if accelerate is not None and is_recording(a) and is_recording(b):
+        raise JobError(
+            "`--accelerate` lies over a job, and both sides are recordings",
+            hint="leave it out, or name a job in place of one of them",
+        )
+    left, right = read_side(a, gpu, accelerate), read_side(b, gpu, accelerate)
     allowed = None if fail_over is None else allowed_bytes(fail_over, left.result.need_bytes)
     comparison = compare(left, right)
     if output_format == "text":
@@ -70,7 +77,7 @@ def diff(
     return 0
 
 
-def read_side(source: str, gpu: str | None) -> Side:
+def read_side(source: str, gpu: str | None, accelerate: str | None = None) -> Side:
     """A job with its plan, or a recording; with a verdict where the job or `gpu` names a capacity."""
     from memplan.cli.planning import against, plan, read_job
     from memplan.cli.recording import is_recording, open_recording
@@ -83,7 +90,7 @@ def read_side(source: str, gpu: str | None) -> Side:
         result = summarise_recording(recorded, file=source, gpu=gpu)
         side = Side(source, recorded, recorded.settings, result)
     else:
-        loaded = read_job(source, None, {"gpu": gpu})
+        loaded = read_job(source, None, {"gpu": gpu, "accelerate": accelerate})
         planned = plan(loaded)
         gpu = loaded.job.gpu
         side = Side(source, planned.written, loaded.job.allocator, planned.result)

@@ -33,7 +33,7 @@ Overrides = Annotated[
         "--set", metavar="FIELD=VALUE", help="Change any field of the job, e.g. lora.rank=8; repeatable"
     ),
 ]
-_ACCELERATE = Annotated[
+Accelerate = Annotated[
     str | None,
     typer.Option(
         "--accelerate",
@@ -95,7 +95,7 @@ def with_job_flags(function: Callable[..., int]) -> Callable[..., int]:
     signature = inspect.signature(function, eval_str=True)
     own = [parameter for name, parameter in signature.parameters.items() if name != "flags"]
     launch = inspect.Parameter(
-        "accelerate", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_ACCELERATE
+        "accelerate", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Accelerate
     )
     parameters = [*own, launch, *map(_job_parameter, JOB_FIELDS)]
     command.__name__ = function.__name__

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from memplan.gpu.probe import Device, GpuReading, Probe
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", re.IGNORECASE)
-_COUNT = re.compile(r"\d+\s*[x×*]\s*\S", re.IGNORECASE)
+_LIKE_A_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:[a-z]{0,2}b[a-z]{0,2}|[kmg]i?|t)", re.IGNORECASE)
+"""A number with something like a unit: `25XB`, `24G`."""
+_COUNT = re.compile(r"\d+\s*[x×*].*\d", re.IGNORECASE)
+"""Of cards, whose names and sizes all have a digit: `2x4090`."""
 _LIVE = re.compile(r"live(?::(\d+))?", re.IGNORECASE)
 _KNOWN = ("verified", "torch-only")
 """Confidence of the cards that may stand for a size."""
@@ -53,6 +56,12 @@ def resolve_capacity(text: str, probe: Probe | None = None) -> Capacity:
             f"`{text}` is several GPUs", hint="Name one of them; how many there are is set by `parallel`"
         )
     size = _SIZE.fullmatch(text)
+    like = _LIKE_A_SIZE.fullmatch(text)
+    if size is None and like is not None:
+        raise GpuError(
+            f"`{text}` is no memory size",
+            hint=f"Write `{like[1]}GB` for the smallest card sold under that name, or `{like[1]}GiB` for exactly that",
+        )
     if size is None:
         return _of_card(find_gpu(text))
     if "i" in size[2].lower():
