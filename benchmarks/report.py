@@ -86,10 +86,12 @@ GROUP_NOTES = {
         "sharding and loop at the commits that ran, traced on rank 0 of a process group that sends nothing. "
         "`python -m benchmarks.titan` traces them, says what was read where, and keeps the results in "
         "`benchmarks/data`. The torch of those days does not run: 2.13 does, and for runs before July 2024 with what "
-        "reductions then took on a stream of their own. Assumed for the tables `titan-8b-fsdp*` and "
-        "`titan-8b-d9bdfbb20-*`: that all their runs were started as those on many machines have to be, which leaves "
-        "expandable segments off. With them 79.1 GiB would be reserved on 8 GPUs and 64.9 on 128, 45.3 on 8 and 32.1 "
-        "on 64."
+        "reductions then took on a stream of their own. Since 2025 runs on one machine were started with expandable "
+        "segments, but for `titan-8b-d9bdfbb20-fsdp2`: its script asks for them in `PYTORCH_ALLOC_CONF`, which torch "
+        "did not read on that day, 16 October 2025; with them 45.3 GiB would be reserved. Assumed for "
+        "`titan-8b-fsdp*` and `titan-8b-d9bdfbb20-fsdp2-64`: that they were started as runs on many machines can be, "
+        "which leaves expandable segments off. With them 79.1 GiB would be reserved on 8 GPUs and 64.9 on 128, and "
+        "32.1 on 64."
     ),
     LITGPT: (
         "litgpt's model code and step at the commits that ran, with Lightning's Fabric of today, traced. "
