@@ -20,9 +20,11 @@ from memplan.cli.options import (
 from memplan.errors import JobError, RunError
 
 if TYPE_CHECKING:
+    from memplan.cli.planning import Plan
+    from memplan.fit import Evaluate
     from memplan.job.load import LoadedJob
     from memplan.job.spec import Job
-    from memplan.model.architecture import Architecture
+    from memplan.model.architecture import Architecture, Outline
 
 FRONTIERS = ("max_seq_len", "micro_batch_size")
 
@@ -75,9 +77,10 @@ def fit(
             "`fit` needs a GPU to fit", hint="add `--gpu 24GB`, a name from `memplan gpus`, or `--gpu live`"
         )
     capacity = resolve_capacity(loaded.job.gpu)
-    planned = plan(loaded, "shape")
-    architecture = planned.architecture
-    assert architecture is not None  # else `plan` has said so
+    planned = plan(loaded)
+    assert planned.result.job is not None
+    loaded = loaded._replace(job=planned.result.job)
+    model, evaluate = searched(loaded, planned)
     result = against(planned.result, capacity)
     room = less_margin(capacity, loaded.job.margin)
     report = Report(
@@ -92,7 +95,7 @@ def fit(
     if field is not None:
         from memplan.fit import maximize
 
-        frontier = maximize(loaded.job, architecture, room, field)
+        frontier = maximize(loaded.job, model, room, field, evaluate=evaluate)
         frontier = replace(frontier, headroom_bytes=capacity.usable_bytes - frontier.need_bytes)
         report = report._replace(frontier=frontier)
         edits = {} if frontier.value is None else {field: frontier.value}
@@ -102,8 +105,9 @@ def fit(
 
         changes = smallest_changes(
             loaded.job,
-            architecture,
+            model,
             room,
+            evaluate=evaluate,
             allow_capacity=allow is not None,
             can_make=None if loaded.tool is None else lambda edits: lines_for(loaded.tool, edits) is not None,
         )
@@ -119,7 +123,7 @@ def fit(
     if loaded.job.loop != "memplan":
         sets = sets[:1]  # the same for all of them
     report = report._replace(
-        not_trained=tuple(why_not_trained(loaded.job.replace(**each), architecture) for each in sets)
+        not_trained=tuple(why_not_trained(loaded.job.replace(**each), planned.architecture) for each in sets)
     )
     if edits:
         need_bytes = report.frontier.need_bytes if report.frontier is not None else changes[0].need_bytes
@@ -131,13 +135,26 @@ def fit(
     return 0 if found else 1
 
 
-def why_not_trained(job: Job, architecture: Architecture) -> str | None:
+def searched(loaded: LoadedJob, planned: Plan) -> tuple[Architecture | Outline, Evaluate | None]:
+    """What the search knows of the model, and what says what a changed job needs; None: the shape writer."""
+    if planned.architecture is not None:
+        return planned.architecture, None
+    from memplan.cli.output import note
+    from memplan.model import resolve_config
+    from memplan.tracing.evaluate import TracedEstimate, outline
+
+    note("the real step is traced for every change that is tried: this takes a while")
+    config = resolve_config(loaded.job.model, base_dir=loaded.base_dir).config
+    return outline(loaded.job.model, config), TracedEstimate(config)
+
+
+def why_not_trained(job: Job, architecture: Architecture | None) -> str | None:
     """What `memplan train` would refuse this job with; None where it runs it."""
     from memplan.train.refusals import refuse_untrainable
 
     if job.loop != "memplan":
         return f"the job is planned for another loop (`loop: {job.loop}`)"
-    if architecture.is_encoder:
+    if architecture is not None and architecture.is_encoder:
         return f"`{job.model}` is an encoder, and causal language models are trained"
     try:
         refuse_untrainable(job)

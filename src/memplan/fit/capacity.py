@@ -9,7 +9,7 @@ from memplan.fit.lattice import Dimension, Edit, dimension
 from memplan.job.spec import Job
 from memplan.job.targets import is_by_block
 from memplan.model import linear_modules
-from memplan.model.architecture import Architecture, LinearModule
+from memplan.model.architecture import Architecture, LinearModule, Outline
 from memplan.npt.layers import layer_indices
 
 SMALLEST_RANK = 4
@@ -44,9 +44,11 @@ def rank(job: Job) -> Dimension | None:
     return dimension("lora.rank", edits)
 
 
-def target_modules(job: Job, architecture: Architecture) -> Dimension | None:
+def target_modules(job: Job, architecture: Architecture | Outline) -> Dimension | None:
     """Adapters on attention only, then on query and value only (the choice of Hu et al. 2021)."""
     if job.method not in ("lora", "qlora") or is_by_block(job.lora.target_modules):
+        return None
+    if isinstance(architecture, Outline):
         return None
     modules = [module for module in linear_modules(architecture) if module.layer is not None]
     current = job.lora.target_modules
@@ -78,7 +80,7 @@ def target_modules(job: Job, architecture: Architecture) -> Dimension | None:
     return dimension("lora.target_modules", edits, chain=True)
 
 
-def npt_layers(job: Job, architecture: Architecture) -> Dimension | None:
+def npt_layers(job: Job, architecture: Architecture | Outline) -> Dimension | None:
     """The upper half of the NPT blocks, the upper quarter, and so on down to one."""
     if job.method != "npt":
         return None

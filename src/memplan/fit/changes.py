@@ -18,7 +18,7 @@ from memplan.fit.capacity import npt_layers, rank, target_modules
 from memplan.fit.lattice import AS_IS, Dimension, Edit, dimension
 from memplan.fit.slower import activations, micro_batch, states
 from memplan.job.spec import Job
-from memplan.model.architecture import Architecture
+from memplan.model.architecture import Architecture, Outline
 from memplan.tape.liger import FAMILIES as LIGER_FAMILIES
 from memplan.tape.sharding import SHARDED
 from memplan.tape.stored import agrees
@@ -30,7 +30,7 @@ SEQUENCE_MULTIPLE = 64
 
 def candidate_edits(
     job: Job,
-    architecture: Architecture,
+    architecture: Architecture | Outline,
     *,
     allow_capacity: bool = False,
     can_make: Callable[[Mapping[str, Any]], bool] | None = None,
@@ -40,8 +40,9 @@ def candidate_edits(
 
     Dimensions edit disjoint fields, so that any combination is one job. Those that save most come first: a
     search that tries to do without them is soon done. Tier 4 is part of it only with
-    `allow_capacity`, and raises `JobError` where `npt.layers` names no blocks of this model. `can_make` says of
-    an edit whether whoever runs the job has it. How a checkpoint stores its weights stays as it is.
+    `allow_capacity`, and raises `JobError` where `npt.layers` names no blocks of this model; of a model of which an
+    outline is known, only the rank takes part. `can_make` says of an edit whether whoever runs the job has it. How a
+    checkpoint stores its weights stays as it is.
     """
     candidates = [
         states(job, architecture),
@@ -93,7 +94,7 @@ def optimizer_kernel(job: Job) -> Dimension | None:
     return dimension("optimizer_kernel", [Edit("fused step", {"optimizer_kernel": "fused"}, summary)])
 
 
-def attention(job: Job, architecture: Architecture) -> Dimension | None:
+def attention(job: Job, architecture: Architecture | Outline) -> Dimension | None:
     """
     sdpa instead of eager. It keeps its output (length x head_dim) in another layout instead of the scores
     (length x length), which is less from lengths of head_dim on; that is stated where the shortest length
@@ -108,7 +109,7 @@ def attention(job: Job, architecture: Architecture) -> Dimension | None:
     return dimension("attention", [Edit("sdpa", {"attention": "sdpa"}, summary)], chain=is_ordered)
 
 
-def loss(job: Job, architecture: Architecture) -> Dimension | None:
+def loss(job: Job, architecture: Architecture | Outline) -> Dimension | None:
     """
     The losses that a loop can run: ours has both, transformers' Trainer has Liger's by a flag and the chunked
     one through TRL, and a script can have Liger's kernel patched in. Local NPT training has no logits.

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from memplan.errors import JobError
-from memplan.fit.search import Estimate, Evaluate
+from memplan.fit.search import Evaluate, estimate_of
 from memplan.gpu.capacity import Capacity
 from memplan.job.spec import Job
-from memplan.model.architecture import Architecture
+from memplan.model.architecture import Architecture, Outline
 
 STEPS = {"max_seq_len": 64, "micro_batch_size": 1}
 """The fields that can be maximised; values are multiples of the step."""
 
 LARGEST_MICRO_BATCH = 4096
+LARGEST_LENGTH = 1 << 20
+"""Where the model's config names no longest sequence."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Frontier:
 
 def maximize(
     job: Job,
-    architecture: Architecture,
+    architecture: Architecture | Outline,
     capacity: Capacity,
     field: str,
     *,
@@ -53,16 +55,17 @@ def maximize(
     if field not in STEPS:
         raise JobError(f"{field} cannot be maximised", hint=f"maximise {' or '.join(STEPS)}")
     step = STEPS[field]
-    largest = architecture.max_position_embeddings if field == "max_seq_len" else LARGEST_MICRO_BATCH
+    named = architecture.max_position_embeddings if field == "max_seq_len" else 0
+    largest = named or (LARGEST_LENGTH if field == "max_seq_len" else LARGEST_MICRO_BATCH)
     if largest < step:
         raise JobError(
             f"{field} is maximised in multiples of {step}, and {architecture.name} takes at most {largest}",
             hint="set the length yourself and ask whether it fits",
         )
-    search = _Search(job, field, step, capacity.usable_bytes, evaluate or Estimate(architecture))
+    search = _Search(job, field, step, capacity.usable_bytes, evaluate or estimate_of(architecture))
     count = search.largest(largest // step)
     need_bytes = search.need_bytes(max(count, 1))
-    stopped_by = "max_position_embeddings" if field == "max_seq_len" else "largest tried"
+    stopped_by = "max_position_embeddings" if named else "largest tried"
     return Frontier(
         field=field,
         value=count * step or None,
@@ -87,7 +90,10 @@ class _Search:
         """
         The last multiple up to `most` that fits, 0 if none: the last by lower bound, then down from there.
         """
-        low = _last(self._may_fit, 0, most + 1)
+        start, beyond = 0, 1
+        while beyond <= most and self._may_fit(beyond):  # long sequences take long to plan
+            start, beyond = beyond, 2 * beyond
+        low = _last(self._may_fit, start, min(beyond, most + 1))
         high = low + 1
         distance = 1
         while low and not self._fits(low):

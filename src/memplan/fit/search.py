@@ -22,7 +22,7 @@ from memplan.fit.changes import candidate_edits
 from memplan.fit.lattice import Box, Dimension, State, changed, cheapest, edits_of
 from memplan.gpu.capacity import Capacity
 from memplan.job.spec import Job
-from memplan.model.architecture import Architecture
+from memplan.model.architecture import Architecture, Outline
 
 
 class Evaluate(Protocol):
@@ -63,6 +63,12 @@ class Estimate:
         return need_bytes(job, self.architecture)
 
 
+def estimate_of(architecture: Architecture | Outline) -> Evaluate:
+    """The estimator, which needs more than an outline."""
+    assert isinstance(architecture, Architecture), "a model of which an outline is known takes an `evaluate`"
+    return Estimate(architecture)
+
+
 @dataclass(frozen=True)
 class Search:
     """What a search found, and what it took."""
@@ -77,7 +83,7 @@ class Search:
 
 def smallest_changes(
     job: Job,
-    architecture: Architecture,
+    architecture: Architecture | Outline,
     capacity: Capacity,
     *,
     allow_capacity: bool = False,
@@ -110,7 +116,7 @@ def smallest_changes(
 
 def search_changes(
     job: Job,
-    architecture: Architecture,
+    architecture: Architecture | Outline,
     capacity: Capacity,
     *,
     allow_capacity: bool = False,
@@ -122,8 +128,9 @@ def search_changes(
     As `smallest_changes`, with the combinations that could not be estimated and the number of evaluations.
     """
     dimensions = candidate_edits(job, architecture, allow_capacity=allow_capacity, can_make=can_make)
-    evaluate = evaluate or Estimate(architecture)
-    return search_lattice(job, dimensions, capacity.usable_bytes, evaluate, num_results=num_results)
+    return search_lattice(
+        job, dimensions, capacity.usable_bytes, evaluate or estimate_of(architecture), num_results=num_results
+    )
 
 
 def search_lattice(

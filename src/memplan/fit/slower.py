@@ -14,7 +14,7 @@ from memplan.fit import costs
 from memplan.fit.capacity import SMALLEST_RANK
 from memplan.fit.lattice import AS_IS, Dimension, Edit, dimension
 from memplan.job.spec import Job
-from memplan.model.architecture import Architecture
+from memplan.model.architecture import Architecture, Outline
 
 _MIN_BLOCKS = 4
 """From this depth on, what the blocks no longer hold outweighs what recomputing one of them adds."""
@@ -49,7 +49,7 @@ def micro_batch(job: Job) -> Dimension | None:
     )
 
 
-def activations(job: Job, architecture: Architecture) -> Dimension | None:
+def activations(job: Job, architecture: Architecture | Outline) -> Dimension | None:
     """
     Checkpointing, and offload of the block inputs that it keeps. Local NPT training holds one block anyway.
 
@@ -96,7 +96,7 @@ def activations(job: Job, architecture: Architecture) -> Dimension | None:
     return dimension("activations", edits, chain=is_ordered)
 
 
-def states(job: Job, architecture: Architecture) -> Dimension | None:
+def states(job: Job, architecture: Architecture | Outline) -> Dimension | None:
     """
     Where parameters and optimizer states live and in how many bits: sharded, on the host, quantised, paged.
 

@@ -63,6 +63,21 @@ class Buffer(NamedTuple):
     layer: int | None
 
 
+class Outline(NamedTuple):
+    """
+    What of an `Architecture` is known of any model: what its changes are chosen by. 0 where its config does not say.
+    """
+
+    name: str
+    family: str
+    hidden_size: int
+    num_hidden_layers: int
+    head_dim: int
+    max_position_embeddings: int
+    attn_logit_softcapping: float | None
+    stored: Stored | None
+
+
 @dataclass(frozen=True)
 class Architecture:
     """
