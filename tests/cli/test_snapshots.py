@@ -106,7 +106,7 @@ def stage(quiet_place, monkeypatch):
     def smallest_changes(job, architecture, capacity, **_):
         return tuple(change for change in CHANGES if change.need_bytes <= capacity.usable_bytes)
 
-    def maximize(job, architecture, capacity, field):
+    def maximize(job, architecture, capacity, field, evaluate):
         return Frontier(field, 4480, 23 * GiB, capacity.usable_bytes - 23 * GiB, "capacity")
 
     monkeypatch.setattr("memplan.budget.estimate.estimate", estimate)
