@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from toy_estimator import card
+
 from memplan.fit import maximize, search_changes
 from memplan.job.load import load_job
 from memplan.model.config import architecture_from_config
 from memplan.tracing.evaluate import TracedEstimate, outline
-from toy_estimator import card
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
