@@ -96,13 +96,17 @@ def test_what_no_loop_does_is_refused(settings: dict[str, Any], message: str) ->
             | {"parallel__strategy": "HYBRID_SHARD", "parallel__dp_replicate": 2, "offload__params": True},
         ),
         ("llama", SHARDED | {"offload__params": True, "method": "qlora", "lora__dtype": "bfloat16"}),
-        ("qwen3", {"method": "npt", "load__ram_efficient": False}),
+        ("qwen3", {"method": "npt", "load__ram_efficient": False, "dtype": "float16"}),
         ("llama", {"optimizer": "paged_adamw", "method": "lora"}),
+        ("mixtral", {"loop": "hf_trainer", "method": "lora"}),
+        ("mixtral", {"loop": "hf_trainer", "parallel__dp_replicate": 2}),
+        ("llama", SHARDED | {"loop": "hf_trainer", "autocast": "bfloat16"}),
+        ("llama", {"loop": "hf_trainer", "method": "qlora", "dtype": "float16"}),
     ],
     ids=str,
 )
 def test_both_engines_say_the_same_host_memory(model: str, settings: dict[str, Any]) -> None:
-    task, config = job(**settings), CONFIGS[model]
+    task, config = job(**settings), CONFIGS[model] | {"dtype": "bfloat16"}
     planned = estimate(task, architecture_from_config(config, name="tiny", source="test"))
     traced = estimate_traced(task, config)[1]
     assert planned.host == traced.host

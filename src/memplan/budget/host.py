@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
 
 from memplan.budget.count import count_copies, count_parameters
+from memplan.budget.host_sizes import HostSizes, pinned_bytes, trained_numbers
+from memplan.budget.loading import loading_bytes, page_cache_bytes
 from memplan.budget.result import Host, Line
 from memplan.job.spec import DTYPE_BYTES, Job
 from memplan.model.architecture import Architecture
+from memplan.model.families import layout as layout_of
 from memplan.model.tensors import num_parameters, parameters
 from memplan.tape.optimizer import SMALL_PAGED_ELEMENTS
 from memplan.tape.packing import num_packed, packed_bytes
 from memplan.tape.shape import checkpointed_layers
-from memplan.tape.sharding import SHARDED, layout
+from memplan.tape.sharding import layout
 from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
-
-
-class HostSizes(NamedTuple):
-    """What host memory depends on of a model, in elements."""
-
-    base: int
-    trainable: int
-    largest: int
-    """Of the largest tensor of the base."""
-    embedding: int
-    hidden_size: int
-    num_layers: int
-    packed: int = 0
-    """Of the base, those that are in 4 bits."""
-    copied: int = 0
-    """Of what trains, those of `lora.modules_to_save`."""
 
 
 def host_memory(job: Job, architecture: Architecture) -> Host:
     """`host_of` a model whose program is known."""
+    stacks = [prod(module.shape) for module in layout_of(architecture).block if module.role == "experts"]
     sizes = HostSizes(
         base=num_parameters(architecture),
         trainable=count_parameters(job, architecture).trainable,
@@ -44,6 +31,10 @@ def host_memory(job: Job, architecture: Architecture) -> Host:
         num_layers=architecture.num_hidden_layers,
         packed=num_packed(job, architecture),
         copied=count_copies(job, architecture),
+        stacked=architecture.num_hidden_layers * sum(stacks),
+        largest_stack=max(stacks, default=0),
+        stored_dtype=architecture.stored_dtype,
+        is_stored_packed=architecture.stored is not None,
     )
     return host_of(job, sizes)
 
@@ -54,37 +45,15 @@ def host_of(job: Job, sizes: HostSizes) -> Host:
 
     Loading comes first and what the run keeps comes after, so the peak is the larger of the two.
     """
-    loading = Line("loading", *_loading(job, sizes))
+    loading = Line("loading", *loading_bytes(job, sizes))
     kept = [
         Line("weights", *_parameters(job, sizes)),
         Line("optimizer", *_optimizer(job, sizes)),
         Line("activations", *_activations(job, sizes)),
     ]
     peak_bytes = max(loading.bytes, sum(line.bytes for line in kept))
-    return Host(peak_bytes, tuple(line for line in (loading, *kept) if line.bytes))
-
-
-def _loading(job: Job, sizes: HostSizes) -> tuple[int, str]:
-    itemsize = DTYPE_BYTES[job.dtype]
-    if zero_stage(job) in (1, 2) and not job.has_4bit_base:
-        return (
-            sizes.base * itemsize * job.world_size,
-            "the whole model, once per rank, as DeepSpeed is given it",
-        )
-    if job.loop == "hf_trainer" and job.parallel.strategy in SHARDED and not job.has_4bit_base:
-        # tape/behaviour.py, accelerate_fsdp2; FSDP1's shards are made float32 on the device.
-        is_upcast = job.method == "full" and job.autocast is not None and job.parallel.fsdp_version == 2
-        return (
-            sizes.base * (DTYPE_BYTES["float32"] if is_upcast else itemsize) * job.world_size,
-            "the whole model, once per rank, as accelerate is given it",
-        )
-    if job.weights == "random":
-        return 0, ""
-    if job.load.ram_efficient:
-        if job.data.special_tokens and 2 * sizes.embedding > sizes.largest:
-            return 2 * sizes.embedding * itemsize, "embeddings, and their copy with more rows"
-        return sizes.largest * itemsize, "the largest tensor, streamed"
-    return sizes.base * itemsize * job.world_size, "the whole model, once per rank"
+    lines = tuple(line for line in (loading, *kept) if line.bytes)
+    return Host(peak_bytes, lines, page_cache_bytes(job, sizes))
 
 
 def _parameters(job: Job, sizes: HostSizes) -> tuple[int, str]:
@@ -98,7 +67,7 @@ def _parameters(job: Job, sizes: HostSizes) -> tuple[int, str]:
     if zero_stage(job):
         return base, "offloaded shards"
     with_gradients = {"full": 1, "npt": 0}.get(job.method, 2)
-    trained = sum(map(prod, _trained(job, sizes))) * with_gradients
+    trained = sum(map(prod, trained_numbers(job, sizes))) * with_gradients
     return (base + trained) * (job.world_size // layout(job).parameters), "offloaded shards"
 
 
@@ -112,11 +81,11 @@ def _optimizer(job: Job, sizes: HostSizes) -> tuple[int, str]:
     if zero_stage(job) and (job.offload.optimizer or job.offload.params):
         return _zero_optimizer(job, sizes), "partitions of the optimizer: pinned, and the states"
     if layout(job).optimizer_on_host:
-        states = sum(count * _state_bytes(job, itemsize) for count, itemsize in _trained(job, sizes))
+        states = sum(count * _state_bytes(job, itemsize) for count, itemsize in trained_numbers(job, sizes))
         if job.offload.params:
             return states * replicas, "offloaded states"
         # train/host_optimizer.py: one pinned buffer of each, where what trains has one dtype.
-        copies = 2 * sum(pinned_bytes(count * itemsize) for count, itemsize in _trained(job, sizes))
+        copies = 2 * sum(pinned_bytes(count * itemsize) for count, itemsize in trained_numbers(job, sizes))
         return (states + copies) * replicas, "states, and pinned copies of weights and gradients"
     if job.optimizer.startswith("paged"):
         note = f"paged states (of tensors from {SMALL_PAGED_ELEMENTS} elements on), at worst"
@@ -140,19 +109,6 @@ def _zero_optimizer(job: Job, sizes: HostSizes) -> int:
     pageable = states + (4 if zero_stage(job) == 3 else 0)
     per_rank = sum(pinned_bytes(itemsize * partition) for itemsize in pinned) + pageable * partition
     return per_rank * job.parallel.dp_shard
-
-
-def pinned_bytes(num_bytes: int) -> int:
-    """torch pins powers of two (ATen/core/CachingHostAllocator.h, allocate)."""
-    return 1 << (num_bytes - 1).bit_length()
-
-
-def _trained(job: Job, sizes: HostSizes) -> list[tuple[int, int]]:
-    """How many numbers of how many bytes train: adapters, and whole copies beside them."""
-    dtypes = {"full": job.dtype, "npt": "float32"}
-    itemsize = DTYPE_BYTES[dtypes.get(job.method, job.lora.dtype)]
-    copied = [(sizes.copied, DTYPE_BYTES[job.saved_dtype])] if sizes.copied else []
-    return [(sizes.trainable - sizes.copied, itemsize), *copied]
 
 
 def _state_bytes(job: Job, itemsize: int) -> int:

@@ -91,7 +91,10 @@ class Host:
     """RAM that all ranks of one node take, loading included."""
 
     peak_bytes: int
+    """Without what the system can take back."""
     budget: tuple[Line, ...]
+    page_cache_bytes: int = 0
+    """Of the files that loading reads or maps, once for all ranks: in RAM while there is room for it."""
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,7 @@ def read_model(reading: Reading, model: Any, peft_config: Any = None) -> dict[st
     if quantization:
         _read_quantization(reading, quantization, has_adapters=bool(adapters))
     if model is not config:
+        described.pop("dtype", None)  # what it was loaded in, not what it is stored in
         _read_parameters(reading, model, has_adapters=bool(adapters) and peft_config is None)
         if has_other_head(class_of(model)):
             reading.unknown.append(f"a {class_of(model)}")

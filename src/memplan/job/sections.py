@@ -201,7 +201,9 @@ class Load:
     """How the weights get onto the device."""
 
     ram_efficient: bool = setting(
-        True, "Stream the weights shard by shard instead of building the model in RAM"
+        True,
+        "In memplan's own loop: stream the weights tensor by tensor instead of building the model in RAM. Trainers of "
+        "transformers 5 map the files whatever it says",
     )
 
 

@@ -145,6 +145,8 @@ class Architecture:
     """How the checkpoint stores the weights of linear layers, where that is not as plain numbers."""
     is_resized: bool = False
     """`vocab_size` counts the rows for added tokens already."""
+    stored_dtype: str | None = None
+    """dtype of the checkpoint, as its config says; None where that is silent."""
 
     @property
     def attention_kinds(self) -> tuple[str, ...]:

@@ -30,7 +30,20 @@ def architecture_from_config(config: Mapping[str, Any], *, name: str, source: st
     model_type = _supported_model_type(config, name)
     stored = read_stored(config, name)
     keys = Keys(config, name, MODEL_TYPES[model_type][0])
-    return Architecture(name=name, source=source, stored=stored, **read(model_type, keys))
+    return Architecture(
+        name=name, source=source, stored=stored, stored_dtype=stored_dtype(config), **read(model_type, keys)
+    )
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """
+    dtype that a config says its checkpoint is stored in; None where it says none that is known.
+
+    >>> stored_dtype({"torch_dtype": "bfloat16"}), stored_dtype({"dtype": "float8_e4m3fn"})
+    ('bfloat16', None)
+    """
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return dtype if dtype in ("float32", "bfloat16", "float16") else None
 
 
 def class_name_of(config: Mapping[str, Any]) -> str | None:

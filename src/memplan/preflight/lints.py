@@ -279,7 +279,7 @@ def _length(subject: Subject) -> Iterator[Lint]:
 
 def _loading(subject: Subject) -> Iterator[Lint]:
     job = subject.job
-    if not job.load.ram_efficient and job.world_size > 1:
+    if not job.load.ram_efficient and job.loop == "memplan" and job.world_size > 1:
         yield Lint(
             "ram-per-rank",
             f"each of {job.world_size} ranks builds the whole model in RAM before it is sharded",

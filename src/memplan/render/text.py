@@ -83,7 +83,9 @@ def totals(screen: Screen, result: Result) -> None:
         ["device", format_bytes(peak.device_bytes), "what nvidia-smi shows, with room to spare"],
     ]
     if result.host is not None:
-        rows.append(["host RAM", format_bytes(result.host.peak_bytes), "per node, loading included"])
+        cache = result.host.page_cache_bytes
+        files = f"; besides, files of {format_bytes(cache)} in the page cache" if cache else ""
+        rows.append(["host RAM", format_bytes(result.host.peak_bytes), f"per node, loading included{files}"])
     if result.parameters is not None:
         total, trainable = result.parameters.total, result.parameters.trainable
         share = 100 * trainable / max(total, 1)

@@ -14,11 +14,11 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from memplan.budget.host import HostSizes
+from memplan.budget.host_sizes import HostSizes
 from memplan.errors import NoSuchAttention, RunError, TraceError, UnknownModel
 from memplan.job.spec import Job
 from memplan.job.targets import is_by_block, matches
-from memplan.model.config import class_name_of, is_masked_lm, refuse_other_head
+from memplan.model.config import class_name_of, is_masked_lm, refuse_other_head, stored_dtype
 from memplan.model.stored import read_stored
 from memplan.tape.encoders import refuse_for_encoder
 from memplan.tape.repeat import Selection, choose_layers
@@ -52,6 +52,10 @@ class MetaModel:
     """Elements of its input embeddings."""
     class_name: str
     """The class of transformers that it is of."""
+    stacks: tuple[int, int]
+    """Elements of the tensors that loading puts together from several, and of the largest one."""
+    stored_dtype: str | None
+    """dtype of the checkpoint, as its config says."""
     is_stored: bool = False
     """Its checkpoint stores the weights of linear layers quantised."""
 
@@ -67,6 +71,10 @@ class MetaModel:
             num_layers=self.num_layers,
             packed=self._of_whole(_num_packed),
             copied=self._of_whole(_num_copied),
+            stacked=self.stacks[0],
+            largest_stack=self.stacks[1],
+            stored_dtype=self.stored_dtype,
+            is_stored_packed=self.is_stored,
         )
 
     def multiplicity(self) -> dict[int, int]:
@@ -83,12 +91,21 @@ class MetaModel:
         return self._of_whole(_trainable)
 
     def _of_whole(self, count: Callable[[nn.Module], int]) -> int:
-        inside = [count(block) for block in self.blocks or ()]
-        outside = count(self.built.model) - sum(inside)
-        position = {layer: index for index, layer in enumerate(self.selection.layers)}
-        return outside + sum(
-            inside[position[self.selection.representative(layer)]] for layer in range(self.num_layers)
-        )
+        return _of_whole(self.built.model, self.blocks, self.selection, self.num_layers, count)
+
+
+def _of_whole(
+    model: nn.Module,
+    blocks: nn.ModuleList | None,
+    selection: Selection,
+    num_layers: int,
+    count: Callable[[nn.Module], int],
+) -> int:
+    """A count of the whole model, from those of the blocks at hand."""
+    inside = [count(block) for block in blocks or ()]
+    outside = count(model) - sum(inside)
+    position = {layer: index for index, layer in enumerate(selection.layers)}
+    return outside + sum(inside[position[selection.representative(layer)]] for layer in range(num_layers))
 
 
 def build_meta(
@@ -130,6 +147,11 @@ def build_meta(
         selection = _select(job, blocks, whole=whole or _targets_differ(job, model, blocks))
         _cut(model, blocks, selection)
         job = _renumber(job, num_layers, selection)
+    is_stack = _stacks(model)
+    largest_stack = max(
+        (parameter.numel() for name, parameter in model.named_parameters() if is_stack(name)), default=0
+    )
+    stacked = _of_whole(model, blocks, selection, num_layers, lambda module: _num_stacked(module, is_stack))
     decoder = decoder_of(model)
     if job.has_4bit_base:
         from memplan.train.quantize import replace_linears
@@ -150,12 +172,31 @@ def build_meta(
             _prepare(job, model)
     return MetaModel(
         built, root, blocks, selection, num_layers, num_parameters, largest, embedding, name,
-        is_stored=stored is not None,
+        (stacked, largest_stack), stored_dtype(config), is_stored=stored is not None,
     )  # fmt: skip
 
 
 def _trainable(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _stacks(model: nn.Module) -> Callable[[str], bool]:
+    """Whether transformers puts a tensor of this name together from several of a checkpoint."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    found: Any = conversion_mapping.get_model_conversion_mapping
+    targets = [
+        pattern.replace("\\.", ".").strip("^$")
+        for conversion in found(model)
+        if isinstance(conversion, WeightConverter)
+        for pattern in conversion.target_patterns
+    ]
+    return lambda name: any(target in f".{name}" for target in targets)
+
+
+def _num_stacked(module: nn.Module, is_stack: Callable[[str], bool]) -> int:
+    return sum(parameter.numel() for name, parameter in module.named_parameters() if is_stack(name))
 
 
 def _num_copied(module: nn.Module) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from memplan.budget.host import HostSizes
+from memplan.budget.host_sizes import HostSizes
 from memplan.budget.result import ParameterCount
 from memplan.errors import JobError, MemplanError, TraceError
 from memplan.job.spec import Job
