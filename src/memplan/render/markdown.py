@@ -15,6 +15,7 @@ from memplan.render.words import (
     category_bytes,
     headline,
     is_lint,
+    job_phrase,
     peak_moment,
     set_flags,
     subject,
@@ -37,6 +38,8 @@ def report_markdown(report: Report) -> str:
         f"{code(subject(result))}: {sentence}",
         f"Peak {peak_moment(result.peak)} at {code(result.peak.where)}, {band(result)}",
     ]
+    if result.job is not None:
+        parts.append(f"Job: {_inline(job_phrase(result.job))}")
     if result.changes is not None:
         parts.append(_changes(report))
     if report.frontier is not None and report.frontier.value is not None:

@@ -14,6 +14,7 @@ from memplan.render.words import (
     category_bytes,
     headline,
     is_lint,
+    job_phrase,
     peak_moment,
     tensor_phrase,
     worst_phases,
@@ -43,6 +44,8 @@ def verdict_lines(screen: Screen, result: Result) -> None:
     screen.line(("  " + band(result), "dim"))
     if result.capacity is not None:
         paragraph(screen, ("capacity:", "dim"), result.capacity.source, indent="  ")
+    if result.job is not None:
+        paragraph(screen, ("job:", "dim"), job_phrase(result.job), indent="  ")
 
 
 def phase_table(screen: Screen, result: Result) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.budget.result import Change, Peak, PhaseLine, Result, TensorLine
+from memplan.job.spec import Job
 from memplan.tape.tape import CATEGORIES, PHASES
 from memplan.units import format_bytes
 
@@ -35,6 +36,8 @@ PHASE_NAMES = {
     "optimizer_step": "optimizer step",
     "evaluation": "evaluation",
 }
+METHOD_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "npt": "NPT layers"}
+LOOP_NAMES = {"hf_trainer": "transformers' Trainer", "script": "a script's loop"}
 TIERS = ("free", "slower", "changes numerics", "changes the data", "changes the model")
 """What a change of each tier costs."""
 
@@ -75,6 +78,40 @@ def tensor_phrase(tensor: TensorLine) -> str:
 def subject(result: Result) -> str:
     """What a result is about: the model of its job, or the file of a recording."""
     return result.job.model if result.job is not None else result.engine["file"]
+
+
+def job_phrase(job: Job) -> str:
+    """
+    What of a job decides most of its memory, defaults included.
+
+    >>> job_phrase(Job(model="gpt2", micro_batch_size=4, gradient_accumulation_steps=2))
+    'LoRA of rank 16 on gpt2 in bfloat16, 4 x 2048 tokens (2 times a step), no checkpointing, adamw, 1 GPU'
+    """
+    method = METHOD_NAMES[job.method]
+    if job.method in ("lora", "qlora"):
+        method += f" of rank {job.lora.rank}"
+    size = f"{job.micro_batch_size} x {job.max_seq_len} tokens"
+    if job.gradient_accumulation_steps > 1:
+        size += f" ({job.gradient_accumulation_steps} times a step)"
+    checkpointing = "no" if job.activation_checkpointing == "none" else job.activation_checkpointing
+    return ", ".join(
+        (
+            f"{method} on {job.model} in {job.dtype}",
+            *([f"autocast to {job.autocast}"] if job.autocast else []),
+            size,
+            f"{checkpointing} checkpointing",
+            job.optimizer,
+            _gpus(job),
+            *([LOOP_NAMES[job.loop]] if job.loop != "memplan" else []),
+        )
+    )
+
+
+def _gpus(job: Job) -> str:
+    if job.world_size == 1:
+        return "1 GPU"
+    strategy = job.parallel.strategy
+    return f"{'DDP' if strategy == 'NO_SHARD' else strategy} on {job.world_size} GPUs"
 
 
 def is_lint(message: str) -> bool:
