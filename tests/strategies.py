@@ -58,10 +58,21 @@ def agreeing(job: Job) -> Job:
         changes["offload.params"] = False
     if job.loop == "hf_trainer" and not job.parallel.strategy.startswith("ZERO_"):
         changes["offload.optimizer"] = False
-    if job.method == "npt" or job.has_4bit_base or job.offload.params or job.parallel.strategy not in SHARDED:
+    if (
+        job.method == "npt"
+        or job.has_quantized_base
+        or job.offload.params
+        or job.parallel.strategy not in SHARDED
+    ):
         changes["parallel.fsdp_version"] = 2
     elif job.parallel.fsdp_version == 1:
         changes |= {"loop": "hf_trainer", "offload.optimizer": False}
+    if (
+        job.offload.params
+        or job.method == "npt"
+        or job.parallel.strategy not in ("NO_SHARD", "ZERO_1", "ZERO_2")
+    ):
+        changes["quantization.type"] = "fp4"
     if job.quantization.storage != job.autocast:
         changes["quantization.storage"] = "uint8"
     if job.method == "npt" and needs_blocks:

@@ -218,6 +218,20 @@ def test_data_parallel_gpus_are_sharded_over():
     assert {"offload.params": True} == edits(job.replace(**full))["parameter offload"].set
 
 
+def test_an_8_bit_base_has_4_bits_left_and_is_not_sharded():
+    """LLM.int8() runs in stages 1 and 2 of ZeRO, and under no FSDP; from 16 bits 4 are offered, whatever the type."""
+    job = JOB.replace(method="qlora", **{"quantization.type": "int8", "quantization.double_quant": False})
+    offered = edits(job.replace(**{"parallel.dp_replicate": 4}))
+
+    assert {"quantization.type": "nf4"} == offered["4-bit base"].set
+    assert not {"full shard", "gradient shard", "parameter offload", "double quantisation"} & set(offered)
+    stages = job.replace(**{"parallel.strategy": "ZERO_1", "parallel.dp_shard": 4, "loop": "hf_trainer"})
+    assert ["ZERO_2"] == with_setting(edits(stages), "parallel.strategy")
+    assert {"method": "qlora", "quantization.type": "nf4"} == edits(job.replace(method="lora"))[
+        "4-bit base"
+    ].set
+
+
 def test_a_4_bit_base_is_sharded_by_what_it_is_stored_in():
     """accelerate's FSDP2 shards no bytes; our own does."""
     job = JOB.replace(method="qlora", loop="hf_trainer", **{"parallel.dp_replicate": 4})

@@ -62,6 +62,9 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("lora_target_linear: true", {"lora.target_modules": "all-linear"}),
         ("load_in_4bit: true", {"method": "qlora"}),
         ("load_in_4bit: false", {}),
+        ("load_in_8bit: true\nload_in_4bit: false", {"method": "qlora", "quantization.type": "int8"}),
+        ("load_in_8bit: false\nload_in_4bit: true", {"method": "qlora"}),
+        ("quantization_bit: 8", {"method": "qlora", "quantization.type": "int8"}),
         ("quantization_bit: 4", {"method": "qlora"}),
         ("adapter: qlora\nload_in_4bit: true", {"method": "qlora"}),
         ("adapter:", {"method": "full"}),
@@ -167,6 +170,10 @@ def test_an_alias_and_its_field_may_not_disagree(text: str, first: str, second: 
     ("text", "message"),
     [
         ("method: qlora\nload_in_4bit: false", "`load_in_4bit: false` contradicts `method: qlora`"),
+        (
+            "load_in_8bit: true\nload_in_4bit: true",
+            "`load_in_4bit: true` contradicts `quantization.type: int8`",
+        ),
         ("autocast: bfloat16\nbf16: false", "`bf16: false` contradicts `autocast: bfloat16`"),
         (
             "lora_target_linear: false",
@@ -208,8 +215,9 @@ def test_the_tables_speak_of_fields_that_exist():
     for name, alias in ALIASES.items():
         assert name not in job_fields()
         assert name not in job_sections()
-        for value in (alias.words or {}).values():
-            coerce(job_fields()[alias.field], value.value if isinstance(value, Not) else value)
+        for meaning in (alias.words or {}).values():
+            for target, value in (meaning if isinstance(meaning, dict) else {alias.field: meaning}).items():
+                coerce(job_fields()[target], value.value if isinstance(value, Not) else value)
     for field, words in FIELD_WORDS.items():
         for meaning in words.values():
             for target, value in (meaning if isinstance(meaning, dict) else {field: meaning}).items():

@@ -35,7 +35,22 @@ BAD_LINES = [
     ("qwertyuiop: 1", "unknown field `qwertyuiop`", "`memplan schema` lists every field"),
     ("batch_size: 8", "unknown field `batch_size`", "set `micro_batch_size`"),
     ("num_train_epochs: 3\nmax_steps: 7", "both say how long the run is", "leave one of them out"),
-    ("load_in_8bit: true", "unknown field `load_in_8bit`", "`method: qlora`"),
+    (
+        "load_in_8bit: true\nparallel: {strategy: FULL_SHARD, dp_shard: 2}",
+        "an 8-bit base (`quantization.type: int8`) is not sharded, which `parallel.strategy: FULL_SHARD` asks for",
+        "set `quantization.type: nf4`",
+    ),
+    (
+        "load_in_8bit: true\nparallel: {strategy: ZERO_3, dp_shard: 2}\nloop: hf_trainer",
+        "is not sharded, which `parallel.strategy: ZERO_3` asks for",
+        "`parallel.strategy: NO_SHARD` with `parallel.dp_replicate`",
+    ),
+    ("load_in_8bit: true\noffload: {params: true}", "which `offload.params` asks for", "`quantization.type: nf4`"),
+    (
+        "quantization: {type: int8}\nmethod: npt\nnpt: {quantized_base: true}",
+        "on a base in 4 or 16 bits, not in 8",
+        "`quantization.type: nf4`",
+    ),
     ("fsdp: {strategy: full}", "unknown field `fsdp`", "`parallel.strategy`"),
     ("dataset: {a: {b: {c: {d: {e: {f: 1}}}}}}", "unknown field `dataset`", "`data.train`"),
     ("<<: {micro_batch_size: 2}", "unknown field `<<`", "write the fields out"),
@@ -49,7 +64,7 @@ BAD_LINES = [
     ("tokens: [<a>, <a>]", "`data.special_tokens` names `<a>` twice", "name each token once"),
     ("add_tokens: '<a>,<b>'\nmethod: npt", "trains no embeddings", "set `method: lora` or `full`"),
     ("lora_target: [q_proj, lm_head]\ntokens: [<a>]", "`lm_head` cannot have an adapter", "lora.train_tokens"),
-    ("quantization: {skip: [x]}\nmethod: qlora\ntokens: [<a>]", "a head of 4 bits", "`quantization.skip`"),
+    ("quantization: {skip: [x]}\nmethod: qlora\ntokens: [<a>]", "in a quantised head", "`quantization.skip`"),
     # values of the wrong kind
     ("micro_batch_size: two", "`micro_batch_size` must be a whole number, not `two`", "e.g. `micro_batch_size: 1`"),
     ("micro_batch_size: 1.5", "must be a whole number, not `1.5`", "e.g. `micro_batch_size: 1`"),
@@ -81,7 +96,7 @@ BAD_LINES = [
     ("optim: adamw_torch_8bit", "`optim` cannot be `adamw_torch_8bit`", "choose `adamw`"),
     ("attention: flash_attention_3", "`attention` cannot be `flash_attention_3`", "did you mean `flash_attention_2`?"),
     ("bf16: auto", "`bf16` cannot be `auto`", "write `true` or `false`, or set `autocast`"),
-    ("quantization_bit: 8", "`quantization_bit` cannot be `8`", "write `4`, or set `method`"),
+    ("quantization_bit: 3", "`quantization_bit` cannot be `3`", "write `4` or `8`, or set `method`"),
     ("activation_checkpointing: some", "cannot be `some`", "choose `none`, `selective` or `full`"),
     # bounds
     ("micro_batch_size: 0", "`micro_batch_size` is 0 but must be at least 1", "e.g. `micro_batch_size: 1`"),

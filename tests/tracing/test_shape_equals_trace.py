@@ -24,6 +24,7 @@ from tracing.comparison import Comparison, compare
 from tracing.tiny import CONFIGS, job
 
 SAVED, BOTH = "lora__modules_to_save", ["embed_tokens", "lm_head"]
+BYTES = {"method": "qlora", "quantization__type": "int8"}
 CKPT, LOSS, HEADS = "activation_checkpointing", "gradient_accumulation_steps", "lora__target_modules"
 
 MATERIALISED = {"method": "npt", "npt__rank": 4, "npt__form": "materialised"}
@@ -119,6 +120,16 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("falcon, grouped", {"method": "qlora", "dtype": "float32", "autocast": "bfloat16", CKPT: "full"}),
     ("gpt_bigcode", {"method": "qlora"}),
     ("gpt_bigcode", {"method": "qlora", "loop": "hf_trainer", CKPT: "selective", "lora__dtype": "bfloat16"}),
+    ("llama", BYTES | {CKPT: "full", LOSS: 2}),
+    ("llama", BYTES | {"dtype": "float16", "loop": "hf_trainer"}),
+    ("qwen2", BYTES | {"dtype": "float32", "autocast": "bfloat16", CKPT: "full"}),
+    ("qwen2", BYTES | {"quantization__kbit_preparation": True, "loop": "script", CKPT: "full", LOSS: 2}),
+    ("gpt2", BYTES | {"attention": "eager"}),
+    ("gemma2", BYTES | {"attention": "eager", "quantization__skip": [], HEADS: "[q_proj,v_proj]"}),
+    (
+        "granite, biased",
+        BYTES | {"loop": "hf_trainer", CKPT: "selective", "quantization__kbit_preparation": True},
+    ),
     ("llama, wide heads", {}),
     (
         "qwen2",
@@ -271,7 +282,7 @@ def test_liger_has_no_fused_loss_for_granite_in_other_loops() -> None:
             {SAVED: ["lm_head"], HEADS: "[q_proj,lm_head]"},
             "cannot have an adapter and be trained whole",
         ),
-        ("llama", {SAVED: ["lm_head"], "method": "qlora", "quantization__skip": []}, "is stored in 4 bits"),
+        ("llama", {SAVED: ["lm_head"], "method": "qlora", "quantization__skip": []}, "is quantised"),
         (
             "qwen2, tied",
             {SAVED: BOTH, "loop": "hf_trainer", "parallel__strategy": "FULL_SHARD", "parallel__dp_shard": 2},
@@ -335,6 +346,7 @@ def jobs(draw: st.DrawFn) -> tuple[str, Job]:
     if method == "qlora":
         fields["quantization__double_quant"] = draw(st.booleans())
         fields["quantization__kbit_preparation"] = draw(st.booleans())
+        fields["quantization__type"] = draw(st.sampled_from(["nf4", "int8"]))
     if method in ("lora", "qlora"):
         fields["lora__dtype"] = draw(st.sampled_from(["float32", "bfloat16"]))
         fields["lora__dropout"] = draw(st.sampled_from([0.0] if family == "mixtral" else [0.0, 0.1]))

@@ -141,7 +141,7 @@ def test_a_qlora_run_goes_into_the_full_precision_base(
 
     told = capsys.readouterr()
     assert "merged 21 layers into" in told.out
-    assert "base in 4 bits" in told.out
+    assert "a quantised base" in told.out
     assert "merging file 1 of 1" in told.err
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     expected = _logits(peft.PeftModel.from_pretrained(plain, run / "final"))
@@ -201,7 +201,7 @@ def test_checkpoints_of_a_run_can_be_merged(tmp_path: Path) -> None:
 
     merged = merge(run / "checkpoints" / "step-2", tmp_path / "merged")
 
-    assert not merged.was_4bit
+    assert not merged.was_quantized
     assert len(explain(merged)) == 1
 
 

@@ -12,7 +12,13 @@ from memplan.budget.accuracy import error_band
 from memplan.budget.alive import Snapshot, snapshots, timeline
 from memplan.budget.count import count_parameters
 from memplan.budget.host import host_memory
-from memplan.budget.notes import accelerate_notes, architecture_notes, attention_notes, zero_notes
+from memplan.budget.notes import (
+    accelerate_notes,
+    architecture_notes,
+    attention_notes,
+    quantization_notes,
+    zero_notes,
+)
 from memplan.budget.outside import non_torch_bytes
 from memplan.budget.result import Host, ParameterCount, Peak, PhaseLine, Result, TensorLine, highest_by
 from memplan.job.spec import AllocatorSettings, Job
@@ -72,6 +78,7 @@ def estimate_written(
         attention_notes(job, written.graph.target)
         + zero_notes(job, architecture)
         + accelerate_notes(job, behaviour or Behaviour.for_job(job))
+        + quantization_notes(job, behaviour or Behaviour.for_job(job))
         + notes
     )
     result = replace(result, warnings=result.warnings + notes)

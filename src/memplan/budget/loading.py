@@ -18,7 +18,7 @@ from memplan.tape.zero_groups import zero_stage
 def loading_bytes(job: Job, sizes: HostSizes) -> tuple[int, str]:
     """Bytes that cannot be taken back, of all ranks, and what they are."""
     itemsize = DTYPE_BYTES[job.dtype]
-    if zero_stage(job) in (1, 2) and not job.has_4bit_base:
+    if zero_stage(job) in (1, 2) and not job.has_quantized_base:
         return (
             sizes.base * itemsize * job.world_size,
             "the whole model, once per rank, as DeepSpeed is given it",
@@ -39,9 +39,14 @@ def _by_transformers(job: Job, sizes: HostSizes) -> tuple[int, str]:
     """
     Every rank loads all of the model, also with RAM-efficient loading, which transformers 5.23 heeds in buffers alone
     (modeling_utils.py, _move_missing_keys_from_meta_to_device; in 4.x ranks other than the first of a node left the
-    weights out). 4-bit weights are packed on the device, tensor by tensor.
+    weights out). 4-bit weights are packed on the device, tensor by tensor; those of 8 bits come back from it, and go
+    there again in float16 (integrations/bitsandbytes.py, Bnb8bitQuantize).
     """
-    if job.has_4bit_base:
+    if job.has_8bit_base and job.weights != "random":
+        copies = DTYPE_BYTES[job.dtype] + (0 if job.dtype == "float16" else DTYPE_BYTES["float16"])
+        note = "the largest tensor, from the device and in float16, once per rank"
+        return sizes.largest * copies * job.world_size, note
+    if job.has_quantized_base:
         if job.weights == "random" or sizes.stored_dtype == job.dtype:
             return 0, ""
         largest = sizes.embedding if sizes.is_stored_packed else sizes.largest

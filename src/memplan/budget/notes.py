@@ -56,7 +56,7 @@ def accelerate_notes(job: Job, behaviour: Behaviour) -> tuple[str, ...]:
     if not (behaviour.accelerate_fsdp2 or behaviour.fsdp1):
         return ()
     notes = []
-    if behaviour.accelerate_fsdp2 and job.has_4bit_base and job.quantization.storage == "uint8":
+    if behaviour.accelerate_fsdp2 and job.has_quantized_base and job.quantization.storage == "uint8":
         notes.append(
             "accelerate leaves 4-bit weights stored as bytes out of what FSDP2 shards: the packed base is whole on "
             f"every rank; `quantization.storage: {job.autocast or job.dtype}` (`bnb_4bit_quant_storage` of "
@@ -66,6 +66,24 @@ def accelerate_notes(job: Job, behaviour: Behaviour) -> tuple[str, ...]:
         notes.append(
             "accelerate reduces gradients after the last micro batch of a step: until then those of all that trains "
             "are whole on every rank; `gradient_accumulation_steps: 1`, or `loop: memplan`, reduces each"
+        )
+    return tuple(notes)
+
+
+def quantization_notes(job: Job, behaviour: Behaviour) -> tuple[str, ...]:
+    """What an 8-bit base takes that a plan cannot know, or that nobody expects."""
+    if not job.has_8bit_base:
+        return ()
+    tokens = job.micro_batch_size * job.max_seq_len
+    column_bytes = tokens * DTYPE_BYTES[job.autocast or job.dtype]
+    notes = [
+        "`quantization.type: int8` is planned without outliers, which only the data has: every column of a layer's "
+        f"input with a value from 6.0 on is kept besides, {format_bytes(column_bytes)} per layer until backward"
+    ]
+    if job.activation_checkpointing != "none" and not behaviour.reentrant:
+        notes.append(
+            "bitsandbytes keeps the input of an 8-bit layer where checkpointing does not see it: until backward has "
+            "ended, those of all layers are held, recomputed or not"
         )
     return tuple(notes)
 

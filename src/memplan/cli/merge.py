@@ -27,7 +27,7 @@ def merge(
     Add LoRA adapters to the weights they were trained beside
 
     Writes a model that transformers loads: the base's files with the same layout and dtypes, its config
-    and tokenizer. Takes little more RAM than the largest layer. Adapters trained beside a 4-bit base are
+    and tokenizer. Takes little more RAM than the largest layer. Adapters trained beside a quantised base are
     merged into the base in full precision. Needs `pip install "memplan[train]"`.
     """
     from memplan.cli.output import emit

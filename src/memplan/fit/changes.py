@@ -145,13 +145,16 @@ def npt_form(job: Job) -> Dimension | None:
 
 def base_weights(job: Job) -> Dimension | None:
     """
-    Fewer bits for the base weights. 4 bits turn `lora` into `qlora` with the job's quantisation settings.
+    Fewer bits for the base weights. 4 bits turn `lora` into `qlora` with the job's quantisation settings. From
+    16 bits an 8-bit base is not offered: it takes more than a 4-bit one, and is the slower one of most models
+    and batches that bitsandbytes has measured (benchmarking/README.md of 0.45, INT8+Decomp against NF4).
 
     Nothing is stated: bfloat16 weights under float32 adapters add casts, and 4-bit ones dequantised copies,
     which cost more than they save when the weights are on the host anyway.
     """
     edits = []
-    if job.dtype == "float32" and not job.has_4bit_base:
+    four_bits = "nf4" if job.quantization.type == "int8" else job.quantization.type
+    if job.dtype == "float32" and not job.has_quantized_base:
         settings: dict[str, Any] = {"dtype": "bfloat16"}
         if job.autocast is not None:
             settings["autocast"] = None
@@ -162,15 +165,20 @@ def base_weights(job: Job) -> Dimension | None:
             summary = f"{what} and adapters in bfloat16"
             edits.append(Edit("bfloat16 weights and adapters", settings, summary, tier=2, num_changes=2))
     if job.method == "lora":
-        summary = f"4-bit base ({job.quantization.type}): lora becomes qlora"
+        summary = f"4-bit base ({four_bits}): lora becomes qlora"
         settings = {"method": "qlora"}
+        if four_bits != job.quantization.type:
+            settings["quantization.type"] = four_bits
         if job.loop == "hf_trainer" and job.parallel.strategy in SHARDED:  # FSDP shards no bytes there
             settings["quantization.storage"] = job.autocast or job.dtype
         edits.append(Edit("4-bit base", settings, summary, 2, costs.FOUR_BIT_SLOWDOWN))
     if job.method == "npt" and not job.npt.quantized_base:
         summary = f"4-bit base ({job.quantization.type})"
         edits.append(Edit("4-bit base", {"npt.quantized_base": True}, summary, 2, costs.FOUR_BIT_SLOWDOWN))
-    if job.has_4bit_base and not job.quantization.double_quant:
+    if job.has_8bit_base:
+        summary = f"4-bit base ({four_bits}) instead of 8 bits"
+        edits.append(Edit("4-bit base", {"quantization.type": four_bits}, summary, tier=2))
+    elif job.has_quantized_base and not job.quantization.double_quant:
         summary = "quantise the quantisation constants too"
         settings = {"quantization.double_quant": True}
         edits.append(Edit("double quantisation", settings, summary, 2, costs.DOUBLE_QUANTISATION_SLOWDOWN))

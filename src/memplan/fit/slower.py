@@ -134,6 +134,7 @@ def _sharding(job: Job) -> list[Edit]:
         or "8bit" in job.optimizer
         or "paged" in job.optimizer
         or parallel.fsdp_version == 1
+        or (job.has_8bit_base and not parallel.strategy.startswith("ZERO_"))
     ):
         return []
     if job.method == "npt" and job.npt.objective == "end_to_end":
@@ -148,7 +149,7 @@ def _sharding(job: Job) -> list[Edit]:
                 tier=1,
                 slowdown=costs.FULL_SHARD_SLOWDOWN if stage == 3 else costs.SHARD_GRADIENTS_SLOWDOWN,
             )
-            for stage in range(int(parallel.strategy[-1]) + 1, 4)
+            for stage in range(int(parallel.strategy[-1]) + 1, 3 if job.has_8bit_base else 4)
             if num_gpus > 1
         ]
     if num_gpus == 1 and job.loop == "hf_trainer":  # has it with FSDP and DeepSpeed only
@@ -197,7 +198,7 @@ def _offload(first: Mapping[str, Any] = MappingProxyType({}), summary: str = "")
 
 def _sharded_storage(job: Job) -> dict[str, Any]:
     """What lets FSDP shard a 4-bit base that is stored in bytes, where it is accelerate's (tape/behaviour.py)."""
-    if job.loop != "hf_trainer" or not job.has_4bit_base or job.quantization.storage != "uint8":
+    if job.loop != "hf_trainer" or not job.has_quantized_base or job.quantization.storage != "uint8":
         return {}
     return {"quantization.storage": job.autocast or job.dtype}
 

@@ -278,20 +278,31 @@ def _read_adapters(reading: Reading, adapters: Mapping[str, Any], adapted: list[
 
 def _read_quantization(reading: Reading, quantization: Any, *, has_adapters: bool) -> None:
     given = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
-    if not given.get("load_in_4bit") or not has_adapters:
-        words = "4 bits" if given.get("load_in_4bit") else str(given.get("quant_method", "an unknown method"))
+    in_4bit, in_8bit = given.get("load_in_4bit"), given.get("load_in_8bit")
+    if not (in_4bit or in_8bit) or not has_adapters:
+        known = "4 bits" if in_4bit else "8 bits" if in_8bit else None
+        words = known or str(given.get("quant_method", "an unknown method"))
         reading.unknown.append(f"a base stored in {words}" + ("" if has_adapters else " without adapters"))
+        return
+    skipped = given.get("llm_int8_skip_modules")
+    if differ := of_single_blocks(skipped or ()):
+        reading.unknown.append(f"blocks that differ: `{differ[0]}` stays in 16 bits")
+    elif skipped:
+        reading.fields["quantization.skip"] = list(skipped)
+    if in_8bit:
+        reading.fields |= {"method": "qlora", "quantization.type": "int8"}
+        odd = {"llm_int8_threshold": (0, 0.0, None), "llm_int8_has_fp16_weight": (True,)}
+        reading.unknown += [
+            f"`{name}: {given[name]}`"
+            for name, values in odd.items()
+            if name in given and given[name] in values
+        ]
         return
     reading.fields |= {
         "method": "qlora",
         "quantization.type": given.get("bnb_4bit_quant_type", "fp4"),
         "quantization.double_quant": given.get("bnb_4bit_use_double_quant", False),
     }
-    skipped = given.get("llm_int8_skip_modules")
-    if differ := of_single_blocks(skipped or ()):
-        reading.unknown.append(f"blocks that differ: `{differ[0]}` stays in 16 bits")
-    elif skipped:
-        reading.fields["quantization.skip"] = list(skipped)
     storage = str(given.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
     if storage in STORAGES:
         reading.fields["quantization.storage"] = storage

@@ -16,13 +16,18 @@ from memplan.job.problems import Invalid, listed, shorten
 
 
 class Not(NamedTuple):
-    """What `load_in_4bit: false` says of `method`: anything but this value."""
+    """What `bf16: false` says of `autocast`: anything but this value."""
 
     value: Any
+    unless: tuple[str, Any] | None = None
+    """Another field and its value, with which the first may have this value."""
 
 
 class Alias(NamedTuple):
-    """Another tool's name for `field`; its values mean what `words` says, where that is given."""
+    """
+    Another tool's name for `field`; its values mean what `words` says, where that is given: a value, or of several
+    fields.
+    """
 
     field: str
     words: dict[str, Any] | None = None
@@ -149,10 +154,15 @@ _SAME = {
     "train.seed": ("seed",),
 }  # fmt: skip
 
+_IN_8_BITS = ("quantization.type", "int8")
+_FOUR_BITS = {"method": "qlora", "quantization.type": Not("int8")}
+_EIGHT_BITS = {"method": "qlora", "quantization.type": "int8"}
+
 ALIASES: dict[str, Alias] = {
     **{name: Alias(field) for field, names in _SAME.items() for name in names},
-    "load_in_4bit": Alias("method", {"true": "qlora", "false": Not("qlora")}),
-    "quantization_bit": Alias("method", {"4": "qlora", "null": Not("qlora")}),
+    "load_in_4bit": Alias("method", {"true": _FOUR_BITS, "false": Not("qlora", unless=_IN_8_BITS)}),
+    "load_in_8bit": Alias("method", {"true": _EIGHT_BITS, "false": {"quantization.type": Not("int8")}}),
+    "quantization_bit": Alias("method", {"4": _FOUR_BITS, "8": _EIGHT_BITS, "null": Not("qlora")}),
     "adapter": Alias("method", {"lora": "lora", "qlora": "qlora", "null": "full"}),
     "finetuning_type": Alias("method", {"full": "full", "lora": Not("full")}),
     "bf16": Alias("autocast", {"true": "bfloat16", "false": Not("bfloat16")}),
@@ -173,7 +183,6 @@ _GLOBAL_BATCH = (
     "set `micro_batch_size` and `gradient_accumulation_steps`; the global batch is their product times the "
     "data-parallel degrees"
 )
-_EIGHT_BIT = "memplan plans a 4-bit base (`method: qlora`) or a 16-bit one (`method: lora`)"
 _STRATEGY = "set `parallel.strategy`, `parallel.dp_shard`, `parallel.fsdp_version` and `offload` instead"
 _ROWS = "name added tokens with `data.special_tokens`: their rows train beside adapters, no other ones"
 
@@ -186,7 +195,6 @@ REMEDIES: dict[str, str] = {
     "eval_batch_size": "remove it: evaluation runs with `micro_batch_size`",
     "dataset": "name the training data with `data.train`",
     "datasets": "name the training data with `data.train`",
-    "load_in_8bit": _EIGHT_BIT,
     "deepspeed": _STRATEGY,
     "fsdp": _STRATEGY,
     "fsdp_config": _STRATEGY,
@@ -221,7 +229,8 @@ def translate(key: str, value: Any) -> tuple[dict[str, Any], bool]:
         if word not in words:
             known = listed([name for name in words if name != "null"])
             raise Invalid(f"cannot be `{shorten(value)}`", hint=f"write {known}, or set `{field}`")
-        return {field: words[word]}, True
+        meant = words[word]
+        return (dict(meant) if isinstance(meant, dict) else {field: meant}), True
     translations = FIELD_WORDS.get(field, {})
     word = _word(value, translations)
     if word not in translations or value in (job_fields()[field].choices or ()):

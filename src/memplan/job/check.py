@@ -6,7 +6,13 @@ import re
 from collections.abc import Collection, Iterator
 
 from memplan.job.check_adapters import check_copies, check_special_tokens, check_targets
-from memplan.job.check_sharding import check_degrees, check_fsdp1, check_storage, check_strategy
+from memplan.job.check_sharding import (
+    check_8bit_base,
+    check_degrees,
+    check_fsdp1,
+    check_storage,
+    check_strategy,
+)
 from memplan.job.fields import job_fields
 from memplan.job.problems import Conflict, listed, repeated_in
 from memplan.job.spec import Job
@@ -22,6 +28,7 @@ def check_job(job: Job) -> list[Conflict]:
         check_strategy,
         check_fsdp1,
         check_storage,
+        check_8bit_base,
         _check_npt_strategy,
         _check_npt_loop,
         _check_kernels,
@@ -52,7 +59,7 @@ def notes_on(job: Job, given: Collection[str]) -> tuple[str, ...]:
     sections = {"lora": ("lora", "qlora"), "quantization": ("qlora",), "npt": ("npt",)}
     for section, methods in sections.items():
         idle = [name for name in given if name.startswith(f"{section}.")]
-        if section == "quantization" and job.has_4bit_base:
+        if section == "quantization" and job.has_quantized_base:
             peft_only = "quantization.kbit_preparation"
             idle = [peft_only] if job.method != "qlora" and peft_only in idle else []
         if idle and job.method not in methods:
@@ -79,7 +86,12 @@ def notes_on(job: Job, given: Collection[str]) -> tuple[str, ...]:
             f"weights that train in {job.dtype} have no float32 copy under `autocast: {job.autocast}`; mixed "
             "precision is `dtype: float32` with it"
         )
-    if job.loop == "memplan" and job.has_4bit_base and "quantization.storage" in given:
+    idle = [f"quantization.{name}" for name in ("double_quant", "storage") if job.has_8bit_base]
+    idle = [name for name in idle if name in given]
+    if idle:
+        has = "has" if len(idle) == 1 else "have"
+        notes.append(f"{listed(idle, 'and')} {has} no effect with `quantization.type: int8`")
+    elif job.loop == "memplan" and job.has_quantized_base and "quantization.storage" in given:
         notes.append("`quantization.storage` has no effect with `loop: memplan`, which shards bytes as well")
     if job.attention_kernel != "auto" and job.attention != "sdpa":
         notes.append(f"`attention_kernel` has no effect with `attention: {job.attention}`")
@@ -193,10 +205,10 @@ def _check_npt_objective(job: Job) -> Iterator[Conflict]:
             f"`npt.logits_weight` is {job.npt.logits_weight:g}, and a share is 1 at most",
             "set a number from 0 to 1",
         )
-    if job.npt.logits_weight and job.has_4bit_base and "lm_head" not in job.quantization.skip:
+    if job.npt.logits_weight and job.has_quantized_base and "lm_head" not in job.quantization.skip:
         yield Conflict(
             ("npt.logits_weight", "quantization.skip"),
-            "`npt.logits_weight` needs the head's weight, which is stored in 4 bits",
+            "`npt.logits_weight` needs the head's weight, which is quantised",
             "keep `lm_head` in `quantization.skip`, or set `npt.logits_weight: 0`",
         )
     if job.parallel.strategy != "NO_SHARD" or job.offload.params:

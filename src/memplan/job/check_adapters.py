@@ -52,7 +52,7 @@ def check_special_tokens(job: Job) -> Iterator[Conflict]:
     if job.method == "qlora" and "lm_head" not in job.quantization.skip:
         yield Conflict(
             ("quantization.skip", "data.special_tokens"),
-            "rows of `data.special_tokens` cannot train in a head of 4 bits",
+            "rows of `data.special_tokens` cannot train in a quantised head",
             "put `lm_head` into `quantization.skip`, or set `lora.train_tokens: false`",
         )
 

@@ -74,7 +74,7 @@ def check_fsdp1(job: Job) -> Iterator[Conflict]:
             "FSDP",
             "leave it out, or set `parallel.strategy: FULL_SHARD`",
         )
-    if job.has_4bit_base:
+    if job.has_quantized_base and not job.has_8bit_base:
         yield from _check_flat_storage(job)
     if job.offload.params:
         yield Conflict(
@@ -130,6 +130,31 @@ def _check_flat_storage(job: Job) -> Iterator[Conflict]:
         )
 
 
+def check_8bit_base(job: Job) -> Iterator[Conflict]:
+    """
+    Linear8bitLt takes its bytes from an attribute of the parameter that it was made with (bitsandbytes/nn/modules.py,
+    init_8bit_state). FSDP2 puts another parameter in its place, which has none; FSDP1 makes one tensor of parameters of
+    one dtype (_flat_param.py, _validate_tensors_to_flatten). Partitions of ZeRO's stage 3 leave the attribute whole.
+    """
+    if not job.has_8bit_base:
+        return
+    strategy = job.parallel.strategy
+    if strategy not in ("NO_SHARD", "ZERO_1", "ZERO_2") or job.offload.params:
+        what = f"`parallel.strategy: {strategy}`" if strategy != "NO_SHARD" else "`offload.params`"
+        yield Conflict(
+            ("quantization.type", "parallel.strategy", "offload.params"),
+            f"an 8-bit base (`quantization.type: int8`) is not sharded, which {what} asks for: bitsandbytes keeps its "
+            "bytes beside the parameters that are",
+            "set `quantization.type: nf4`, or `parallel.strategy: NO_SHARD` with `parallel.dp_replicate`",
+        )
+    if job.method == "npt":
+        yield Conflict(
+            ("quantization.type", "method"),
+            "`method: npt` is planned and trained on a base in 4 or 16 bits, not in 8 (`quantization.type: int8`)",
+            "set `quantization.type: nf4`, or `npt.quantized_base: false`",
+        )
+
+
 def check_storage(job: Job) -> Iterator[Conflict]:
     """FSDP2 casts what it takes for numbers to the dtype of mixed precision (_fsdp_param.py, all_gather_inputs)."""
     storage = job.quantization.storage
@@ -138,7 +163,7 @@ def check_storage(job: Job) -> Iterator[Conflict]:
         "SHARD_GRAD_OP",
         "HYBRID_SHARD",
     )
-    if not (shards and job.has_4bit_base) or job.parallel.fsdp_version == 1:
+    if not shards or not job.has_quantized_base or job.has_8bit_base or job.parallel.fsdp_version == 1:
         return
     if storage not in ("uint8", job.autocast or storage):
         yield Conflict(

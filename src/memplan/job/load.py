@@ -171,11 +171,11 @@ class _Reader:
     def add_layer(self, written: Sequence[_Written], *, on_top: bool = False) -> None:
         """Lay entries over what is there; those `on_top` are of the command line and count as `user`."""
         layer: dict[str, _Setting] = {}
-        denied: list[tuple[str, Any, _Written]] = []
+        denied: list[tuple[str, Not, _Written]] = []
         for item in self._leaves(written):
             for field, value, is_alias in self._translated(item):
                 if isinstance(value, Not):
-                    denied.append((field, value.value, item))
+                    denied.append((field, value, item))
                     continue
                 origin = "alias" if is_alias and not on_top else "user"
                 self._put(layer, field, _Setting(value, item, origin))
@@ -184,7 +184,8 @@ class _Reader:
             if on_top:
                 self._anchored.add(field)
         for field, value, item in denied:
-            self._deny(field, value, item, may_reset=on_top and field not in layer)
+            if value.unless is None or self.values.get(value.unless[0]) != value.unless[1]:
+                self._deny(field, value.value, item, may_reset=on_top and field not in layer)
 
     def add_override(self, override: str) -> None:
         """Lay one `a.b=value` over what is there."""

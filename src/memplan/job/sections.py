@@ -152,17 +152,21 @@ STORAGES = ("uint8", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """4-bit storage of the frozen base (`method: qlora`)."""
+    """How bitsandbytes stores the frozen base (`method: qlora`)."""
 
-    type: str = setting("nf4", "4-bit data type", choices=("nf4", "fp4"))
-    double_quant: bool = setting(True, "Quantise the quantisation constants too")
+    type: str = setting(
+        "nf4",
+        "Data type: `nf4` and `fp4` have 4 bits; `int8` is LLM.int8(), `load_in_8bit` of transformers",
+        choices=("nf4", "fp4", "int8"),
+    )
+    double_quant: bool = setting(True, "Quantise the quantisation constants of 4 bits too")
     storage: str = setting(
         "uint8",
         "dtype of the tensors that hold 4-bit weights; with `loop: hf_trainer` FSDP shards numbers, and no bytes",
         choices=STORAGES,
     )
     kbit_preparation: bool = setting(
-        False, "peft's prepare_model_for_kbit_training: every parameter that is not 4-bit becomes float32"
+        False, "peft's prepare_model_for_kbit_training: every parameter that is not quantised becomes float32"
     )
     skip: tuple[str, ...] = setting(("lm_head",), "Linear layers that stay in `dtype`")
 

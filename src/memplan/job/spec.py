@@ -91,7 +91,7 @@ class Job:
     )
     lora: Lora = setting(Lora, "Adapters, for `method: lora` and `qlora`")
     npt: Npt = setting(Npt, "NPT layers, for `method: npt`")
-    quantization: Quantization = setting(Quantization, "4-bit base, for `method: qlora`")
+    quantization: Quantization = setting(Quantization, "4-bit or 8-bit base, for `method: qlora`")
     parallel: Parallel = setting(Parallel, "Distribution over GPUs")
     offload: Offload = setting(Offload, "Host memory as an extension of the GPU's")
     load: Load = setting(Load, "Loading of the weights")
@@ -110,9 +110,14 @@ class Job:
     )
 
     @property
-    def has_4bit_base(self) -> bool:
-        """Whether the linear layers of the base are stored in 4 bits."""
+    def has_quantized_base(self) -> bool:
+        """Whether the linear layers of the base are stored in 4 or 8 bits."""
         return self.method == "qlora" or (self.method == "npt" and self.npt.quantized_base)
+
+    @property
+    def has_8bit_base(self) -> bool:
+        """Whether they are stored in 8 bits, as LLM.int8() does it."""
+        return self.has_quantized_base and self.quantization.type == "int8"
 
     @property
     def has_float16_adapters(self) -> bool:
@@ -125,7 +130,7 @@ class Job:
         loss is as exact as the full one there.
 
         Args:
-            plain_head: whether the head is one linear layer without bias or adapter, not in 4 bits.
+            plain_head: whether the head is one linear layer without bias or adapter, not quantised.
         """
         if self.loss != "auto":
             return self.loss
@@ -146,7 +151,7 @@ class Job:
     @property
     def saved_dtype(self) -> str:
         """
-        dtype of the copies of `lora.modules_to_save` when peft has made them: after it has prepared a 4-bit model.
+        dtype of the copies of `lora.modules_to_save` when peft has made them: after it has prepared a quantised model.
         """
         is_prepared = self.method == "qlora" and self.quantization.kbit_preparation
         return self.lora.modules_to_save_dtype or ("float32" if is_prepared else self.dtype)

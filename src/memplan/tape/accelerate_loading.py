@@ -18,7 +18,7 @@ from math import prod
 
 from memplan.tape.fsdp2_accelerate import EMBEDDING, TAIL
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear
+from memplan.tape.linear_layer import Linear
 from memplan.tape.packing import DYNAMIC_MAP_BYTES
 from memplan.tape.sharding import Part, shard_shape
 from memplan.tape.tensors import ITEMSIZE, Parameter, Shape, Storage

@@ -6,7 +6,7 @@ from memplan.model.families.layout import Module
 from memplan.npt.layers import check_target, modulator_shapes
 from memplan.tape.builder import Builder
 from memplan.tape.experts import Stack, StackAdapter
-from memplan.tape.linear import Adapter, Linear
+from memplan.tape.linear_layer import Adapter, Linear
 from memplan.tape.parts import Model, NptModulator
 from memplan.tape.targets import copies, stack_adapter_shapes, targets, targets_stack
 from memplan.tape.tensors import Parameter

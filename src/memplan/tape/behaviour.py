@@ -304,7 +304,7 @@ class Behaviour:
                 or (script and job.method == "qlora" and job.quantization.kbit_preparation)
             ),
             loads_on_device=(script or trainer)
-            and job.has_4bit_base
+            and job.has_quantized_base
             and job.parallel.strategy in ("NO_SHARD", "ZERO_3"),
             compute_capability=capability,
             attention_kernel=job.attention_kernel,

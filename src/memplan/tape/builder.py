@@ -19,7 +19,7 @@ from memplan.tape.cut_late import Uncut
 from memplan.tape.experts import Stack
 from memplan.tape.fsdp2_accelerate import shard_of
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear
+from memplan.tape.linear_layer import Linear
 from memplan.tape.packing import (
     make_map,
     pack,
@@ -77,7 +77,7 @@ class Builder:
         """4-bit layers that have shards, and are to be packed: block, name, and the layer."""
         self.uncut = Uncut(g, self.layout)
         """What is whole, with `cuts_late`."""
-        self.whole_units = WholeUnits(g, on_device=job.has_4bit_base or g.device == "cpu")
+        self.whole_units = WholeUnits(g, on_device=job.has_quantized_base or g.device == "cpu")
         """The same with `cuts_whole`."""
         self.sent: list[tuple[int | None, Part]] = []
         """Every tensor of the model by block, which DDP broadcasts."""
@@ -161,6 +161,7 @@ class Builder:
             conv=spec.transposed,
             transposes=self.architecture.family == "falcon" and layer is not None,
             quantized=quantized,
+            has_8_bits=job.has_8bit_base,
             double_quant=job.quantization.double_quant,
             keeps_input=self.behaviour.keeps_4bit_input,
             adds_in_place=self.behaviour.adds_in_place,

@@ -11,17 +11,23 @@ from memplan.model.families.layout import Module
 from memplan.tape.tensors import ITEMSIZE
 
 
-def checkpoint_bytes(architecture: Architecture, dtype: str, is_packed: Callable[[Module], bool]) -> int:
+def checkpoint_bytes(
+    architecture: Architecture, dtype: str, packed_bytes: Callable[[Module], int | None]
+) -> int:
     """
-    Bytes of all weights, a tied head once; of a packed one half a byte per element and nothing for its constants.
+    Bytes of all weights, a tied head once; of a packed one those of its elements and nothing for its constants.
 
-    Source: transformers 5, modeling_utils.py, get_total_byte_count; quantizers/quantizer_bnb_4bit.py.
+    Source: transformers 5, modeling_utils.py, get_total_byte_count; quantizers/quantizer_bnb_4bit.py and _8bit.py.
+
+    Args:
+        packed_bytes: of a module's weight; None where it is not packed.
     """
 
     def expected(module: Module) -> int:
         sizes = [prod(item.shape) * ITEMSIZE[dtype] for item in module.parameters("", None)]
-        if is_packed(module):
-            sizes[0] = prod(module.shape) // 2
+        packed = packed_bytes(module)
+        if packed is not None:
+            sizes[0] = packed
         return sum(sizes)
 
     modules = layout(architecture)

@@ -7,7 +7,7 @@ zero.Init (modeling_utils.py, get_init_context), and DeepSpeed then cuts it, one
 from __future__ import annotations
 
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear
+from memplan.tape.linear_layer import Linear
 from memplan.tape.packing import packed_bytes
 from memplan.tape.sharding import Layout, shard_shape
 from memplan.tape.tensors import Parameter, Shape, Storage

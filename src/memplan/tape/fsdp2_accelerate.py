@@ -25,7 +25,7 @@ def shard_of(
     job: Job, architecture: Architecture, name: str, layer: int | None, stored: str, *, trains: bool
 ) -> tuple[int | None, str]:
     """A parameter's unit, and the dtype that its shard is stored in (Behaviour.accelerate_fsdp2)."""
-    is_upcast = trains and job.autocast is not None and not job.has_4bit_base
+    is_upcast = trains and job.autocast is not None and not job.has_quantized_base
     unit = _outside(name, job, architecture) if layer is None else layer
     return unit, "float32" if is_upcast else stored
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Adapter, Linear, dequantized
+from memplan.tape.linear_layer import Adapter, Linear
 from memplan.tape.ops import alias, cast
 from memplan.tape.parts import Block
+from memplan.tape.quantized import dequantized
 from memplan.tape.tensors import Gradients, Node, Tensor
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -17,6 +17,9 @@ from memplan.tape.backends import Target
 from memplan.tape.hooks import Hooks, Units
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Saved, Shape, Storage, Tensor
 
+Attributes = list[tuple[int | None, Storage | None]]
+"""By the block whose nodes keep them."""
+
 
 class Graph:
     """
@@ -59,8 +62,8 @@ class Graph:
         The stream on which FSDP1 cuts flat parameters into views, where it shards nothing: backward of that runs there,
         and its result, a concatenation, is the gradient that stays (_flat_param.py, _use_unsharded_views).
         """
-        self.attributes: list[Tensor] = []
-        """What nodes keep as attributes, beside what they save: it goes with the graph, not with the node's run."""
+        self.attributes: Attributes = []
+        """What nodes of the graph that is being made keep as attributes (`keep_until_graph_goes`)."""
         self.hooks: Hooks | None = None
         """Run around every module that has parameters of its own."""
         self.target = Target(device)
@@ -228,6 +231,23 @@ class Graph:
         if not self.grad_enabled:
             return False
         return any(tensor is not None and tensor.needs_grad for tensor in tensors)
+
+    def keep_until_graph_goes(self, tensor: Tensor) -> None:
+        """
+        A node has the tensor as an attribute, beside what it saves: no hook of checkpointing sees it, and it goes with
+        the graph, not when the node has run.
+        """
+        self.attributes.append((self.layer, tensor.storage))
+
+    def free_attributes(self, attributes: Attributes, label: str) -> None:
+        """A graph goes that nodes with these are in, block by block."""
+        if not attributes:
+            return
+        self.begin(f"graph freed {label}")
+        while attributes:
+            self.enter(attributes[-1][0])
+            attributes.pop()
+        self.enter(None)
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:

@@ -10,7 +10,8 @@ linkedin/Liger-Kernel, src/liger_kernel/ops/fused_linear_cross_entropy.py)
 from __future__ import annotations
 
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear, autocast_to
+from memplan.tape.linear import autocast_to
+from memplan.tape.linear_layer import Linear
 from memplan.tape.loss import drop_last_position, shifted_labels
 from memplan.tape.modules import hooked
 from memplan.tape.ops import alias

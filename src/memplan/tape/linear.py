@@ -1,5 +1,5 @@
 """
-Linear layers: plain, 4-bit, with a low-rank adapter, and transformers' Conv1D.
+Linear layers: plain, quantised, with a low-rank adapter, and transformers' Conv1D.
 
 A 3-D input is folded to a matrix, so every product is `mm`, or `addmm` where there is a bias
 (aten/src/ATen/native/Linear.cpp). Both save what the other side's gradient needs.
@@ -7,78 +7,14 @@ A 3-D input is folded to a matrix, so every product is `mm`, or `addmm` where th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
-
 from memplan.tape import zero3_linear
 from memplan.tape.fsdp1 import Fsdp1Units
 from memplan.tape.graph import Graph
+from memplan.tape.linear_layer import Adapter, Linear
 from memplan.tape.modules import called, hooked, left
 from memplan.tape.ops import add, add_in_place, cast, dropout, scale
+from memplan.tape.quantized import product
 from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
-from memplan.tape.token_rows import TokenRows, merged
-
-FUNCTIONS_OWN_GRADIENTS = (2, 13)
-"""
-Since this torch a function of Python's has its gradients to itself, and they go when it returns; before, the engine had
-them too, until what the function returned was validated (torch/csrc/autograd/python_function.cpp, PyNode::apply).
-"""
-
-
-class Adapter(NamedTuple):
-    """LoRA beside a linear layer: A (r, in), B (out, r)."""
-
-    a: Parameter
-    b: Parameter
-    dropout: float
-    asked_dtype: str
-    """What peft is told that A's dtype is, to which it casts the input."""
-
-
-@dataclass
-class Linear:
-    """A linear layer as the programs call it. `packed_bytes`: 4-bit storage; the weight is then not a parameter."""
-
-    name: str
-    in_features: int
-    out_features: int
-    weight: Parameter | None
-    bias: Parameter | None = None
-    adapter: Adapter | None = None
-    dtype: str = "bfloat16"
-    conv: bool = False
-    """transformers' Conv1D: addmm itself, its arguments in that order."""
-    transposes: bool = False
-    """Falcon's `input @ weight.T`: autocast keeps casts of leaves, not of views."""
-    quantized: bool = False
-    double_quant: bool = False
-    keeps_input: bool = False
-    """The node of a 4-bit product has its input as an attribute (behaviour.py, keeps_4bit_input)."""
-    adds_in_place: bool = False
-    """An adapter's output is added to this layer's in place (behaviour.py)."""
-    held: list[Tensor] = field(default_factory=list)
-    """Packed weight and quantisation state of a 4-bit layer: alive as long as the layer."""
-    rows: TokenRows | None = None
-    """Of a head: its rows that train."""
-    is_copy: bool = False
-    """Of a head: it trains whole, in place of the one that was loaded."""
-
-    def current_weight(self, g: Graph) -> Tensor:
-        """The weight as code sees it that asks for it."""
-        if self.rows is not None:
-            return merged(g, self.rows)
-        assert self.weight is not None
-        return self.weight
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether a frozen weight alone makes the output: no bias, adapter or rows that train, not in 4 bits."""
-        return self.has_only_weight and self.rows is None and not self.is_copy
-
-    @property
-    def has_only_weight(self) -> bool:
-        """As `is_plain`, but the weight or rows of it may train."""
-        return self.bias is None and self.adapter is None and not self.quantized
 
 
 def autocast_to(g: Graph, tensor: Tensor, *, keeps: bool = True) -> Tensor:
@@ -165,77 +101,6 @@ def _matmul_backward(
     return [gradient if node.edges[0] is not None else None, grad_x, grad_weight]
 
 
-def matmul_4bit(g: Graph, x: Tensor, layer: Linear) -> Tensor:
-    """
-    bitsandbytes' MatMul4Bit: the weight is dequantised to the compute dtype for the product and thrown away, in
-    forward and again in backward; nothing of the input is saved (bitsandbytes/autograd/_functions.py). Linear4bit
-    gives its output the input's dtype (nn/modules.py). The product itself is a plain one that autocast sees.
-    """
-    dtype = x.dtype
-    x = cast(g, x, layer.dtype)
-    if layer.bias is not None and layer.bias.dtype != x.dtype:
-        _convert_bias(g, layer.bias, x.dtype)
-    weight = dequantized(g, layer)
-    low_weight, low_x = _to_compute_dtype(g, weight), _to_compute_dtype(g, x)
-    low_bias = None if layer.bias is None else _to_compute_dtype(g, layer.bias)
-    g.claim_workspace(bias=layer.bias is not None)
-    out = g.new((*x.shape[:-1], layer.out_features), low_x.dtype, "output")
-    del low_bias, low_x, low_weight, weight
-    if g.needs(x):
-        g.record(out, (x,), [], _matmul_4bit_backward, (x.shape, layer))
-        if layer.keeps_input:
-            g.attributes.append(x)
-    return cast(g, out, dtype)
-
-
-def _convert_bias(g: Graph, bias: Parameter, dtype: str) -> None:
-    """
-    Linear4bit gives its bias the dtype of what it computes, once and for good. Where FSDP has gathered it, that is a
-    copy which FSDP does not know of, and which stays.
-    """
-    converted = g.new(bias.shape, dtype, f"{bias.name} in {dtype}", "weights")
-    if g.units is not None:
-        g.persistent.append(converted)
-    else:
-        bias.storage = converted.storage
-    bias.dtype = dtype
-
-
-def _to_compute_dtype(g: Graph, tensor: Tensor) -> Tensor:
-    """Autocast's cast of an argument inside an operation that autograd sees as one."""
-    dtype = g.autocast or tensor.dtype
-    return tensor if tensor.dtype == dtype else g.new(tensor.shape, dtype, f"cast to {dtype}", "workspace")
-
-
-def _matmul_4bit_backward(
-    g: Graph, node: Node, gradients: dict[int, Tensor], _: list[Tensor | None]
-) -> Gradients:
-    shape, layer = node.extra
-    dtype = gradients[0].dtype
-    dequantised = dequantized(g, layer)
-    weight = dequantised
-    if dequantised.dtype != dtype:
-        weight = g.new(dequantised.shape, dtype, f"weight cast to {dtype}", "workspace")
-    del dequantised
-    g.claim_workspace()
-    out = g.new(shape, dtype, "grad of input")
-    del weight
-    if g.target.torch >= FUNCTIONS_OWN_GRADIENTS:
-        gradients.clear()
-    return [out]
-
-
-def dequantized(g: Graph, layer: Linear) -> Tensor:
-    """The weight in the compute dtype; on the way, double quantisation's constants in float32."""
-    shape = (layer.out_features, layer.in_features)
-    if not layer.double_quant:
-        return g.new(shape, layer.dtype, "dequantised weight", "workspace")
-    constants = g.new((shape[0] * shape[1] // 64,), "float32", "quantisation constants", "workspace")
-    weight = g.new(shape, layer.dtype, "dequantised weight", "workspace")
-    del constants
-    return weight
-
-
 def linear(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     """The layer as transformers calls it, with its adapter if it has one."""
     with g.module(layer.name):
@@ -248,7 +113,7 @@ def linear(g: Graph, x: Tensor, layer: Linear) -> Tensor:
 
 def _base(g: Graph, x: Tensor, layer: Linear) -> Tensor:
     if layer.quantized:
-        return matmul_4bit(g, x, layer)
+        return product(g, x, layer)
     weight = layer.current_weight(g)
     bias = (
         layer.bias if layer.rows is None else None
@@ -276,13 +141,14 @@ def linear_module(
 def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tensor:
     """
     peft's lora.Linear.forward (lora.bnb.Linear4bit for 4-bit layers, which copies the base's output first and casts
-    the adapter's output back before the sum).
+    the adapter's output back before the sum; lora.bnb.Linear8bitLt, which casts alone).
     """
     adds = add_in_place if layer.adds_in_place else add
     result = _base(g, x, layer)
     dtype = result.dtype
     if layer.quantized:
-        result = _clone(g, result)
+        if not layer.has_8_bits:
+            result = _clone(g, result)
         # peft asks for autocast on CUDA, whatever the device is.
         converts = g.autocast is None or g.device == "cpu"
         if converts:

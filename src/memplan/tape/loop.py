@@ -14,7 +14,7 @@ from memplan.job.spec import Job
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import backward
 from memplan.tape.fsdp2_accelerate import head_begins, head_ends
-from memplan.tape.graph import Graph
+from memplan.tape.graph import Attributes, Graph
 from memplan.tape.kernels import liger_loss, triton_cross_entropy
 from memplan.tape.loss import chunked_loss, cross_entropy, full_loss
 from memplan.tape.modules import entered, left
@@ -75,6 +75,8 @@ class Loop:
         self.output: list[Tensor] = []
         self.metrics: list[Tensor] = []
         self.held_cache: list[tuple[int, Tensor]] = []
+        self.held_attributes: Attributes = []
+        """What the graph of the loss that is held has beside what it saved."""
         self.num_tokens: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
         """What the Trainer keeps to log: the running loss, and the last one."""
@@ -119,6 +121,7 @@ class Loop:
                     self.g.wait()
                 self.release_kept(f"{number}.{micro}")
                 del loss
+                self.g.free_attributes(self.g.attributes, f"{number}.{micro}")
             if is_own:
                 self.batch, self.settings.position_ids = (), None
         self.add_up_gradients(number)
@@ -276,7 +279,7 @@ class Loop:
         form = self.job.loss_form(plain_head=head.is_plain)
         if form != "full" and not head.has_only_weight:
             raise JobError(
-                f"`loss: {form}` needs an output head that is one linear layer without bias or adapter, not in 4 bits",
+                f"`loss: {form}` needs an output head that is one linear layer without bias or adapter, not quantised",
                 hint="use `--set loss=full`, or keep `lm_head` out of `lora.target_modules` and in `quantization.skip`",
             )
         if form != "full":
@@ -361,11 +364,13 @@ class Loop:
 
     def replace_output(self, output: list[Tensor]) -> None:
         """
-        The model's new output takes the place of the one held since the last step: its loss, which keeps the leaves of
-        its graph, its logits and its cache.
+        The model's new output takes the place of the one held since the last step: its loss, which keeps its graph with
+        the leaves and attributes, its logits and its cache.
         """
         g = self.g
         self.output = output
+        attributes, self.held_attributes, g.attributes = self.held_attributes, g.attributes, []
+        g.free_attributes(attributes, f"{len(g.stretches)}")
         held, self.held_cache = self.held_cache, self.settings.cache
         held.reverse()
         g.begin(f"cache freed {len(g.stretches)}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear, linear
+from memplan.tape.linear import linear
+from memplan.tape.linear_layer import Linear
 from memplan.tape.ops import alias, autocast_to_float32, cast, scale
 from memplan.tape.tensors import Gradients, Node, Tensor
 from memplan.tape.views import whole_slices

@@ -5,14 +5,16 @@ method adds. Where FSDP2 cuts the model, shards come first, all of them, and are
 
 from __future__ import annotations
 
+from functools import partial
+
 from memplan.tape.accelerate_loading import broadcast
 from memplan.tape.added import attach_adapters, attach_npt
 from memplan.tape.builder import Builder
 from memplan.tape.checkpoint_size import checkpoint_bytes
 from memplan.tape.ddp import Buckets
 from memplan.tape.fsdp1 import cut_flat
-from memplan.tape.linear import Linear
-from memplan.tape.packing import make_map, packs_module, prepare_kbit
+from memplan.tape.linear_layer import Linear
+from memplan.tape.packing import expected_bytes, make_map, prepare_kbit
 from memplan.tape.parts import Model, linear_spec
 from memplan.tape.sharding import GATHER_STREAM, fill_shards
 from memplan.tape.targets import copies
@@ -25,7 +27,7 @@ def build_model(builder: Builder, npt_layers: frozenset[int], checkpointed: froz
     behaviour, layout = builder.behaviour, builder.layout
     g.begin("load")
     if behaviour.loads_on_device:
-        room = checkpoint_bytes(architecture, job.dtype, lambda module: packs_module(job, module))
+        room = checkpoint_bytes(architecture, job.dtype, partial(expected_bytes, job))
         g.scratch(room, name="room for the model's weights")
     tokens, *positions = modules.before
     outside = builder.outer((tokens,))

@@ -10,7 +10,8 @@ from dataclasses import replace
 from memplan.job.spec import Job, Npt
 from memplan.tape.engine import backward
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear, linear
+from memplan.tape.linear import linear
+from memplan.tape.linear_layer import Linear
 from memplan.tape.loss import evaluation_loss
 from memplan.tape.norms import layer_norm, rms_norm
 from memplan.tape.npt_delta import encode, mean_norm, modulated, squared_norm, token_norms

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from memplan.job.spec import Npt
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear, autocast_to, linear
+from memplan.tape.linear import autocast_to, linear
+from memplan.tape.linear_layer import Linear
 from memplan.tape.ops import add, alias, cast, mul, promote, reshape, scale, unary_saving_output
 from memplan.tape.parts import NptModulator
 from memplan.tape.products import product_backward

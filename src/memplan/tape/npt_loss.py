@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear
+from memplan.tape.linear_layer import Linear
 from memplan.tape.ops import alias, cast
 from memplan.tape.tensors import Gradients, Node, Tensor
 

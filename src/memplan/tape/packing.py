@@ -1,4 +1,4 @@
-"""How bitsandbytes packs weights into 4 bits, on the device (bitsandbytes/functional.py, quantize_4bit)."""
+"""How bitsandbytes packs weights into 4 or 8 bits, on the device (bitsandbytes/functional.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DYNAMIC_MAP_BYTES = 256 * 4
 def packs(job: Job, path: str) -> bool:
     """Whether the weight of a linear layer is quantised."""
     skipped = any(path == skip or path.endswith(f".{skip}") for skip in job.quantization.skip)
-    return job.has_4bit_base and not skipped
+    return job.has_quantized_base and not skipped
 
 
 def refuse_left_in_16_bits(job: Job, family: str) -> None:
@@ -35,10 +35,10 @@ def refuse_left_in_16_bits(job: Job, family: str) -> None:
     Raises:
         JobError: with what packs them.
     """
-    if job.has_4bit_base and job.loop != "memplan" and family == "falcon":
+    if job.has_quantized_base and job.loop != "memplan" and family == "falcon":
         raise JobError(
-            f"transformers leaves the linear layers of `{job.model}` in 16 bits when it loads the model in 4 "
-            f"(they are `FalconLinear`), so that `loop: {job.loop}` trains no 4-bit base",
+            f"transformers leaves the linear layers of `{job.model}` in 16 bits when it loads the model in "
+            f"{bits(job)} (they are `FalconLinear`), so that `loop: {job.loop}` trains no {bits(job)}-bit base",
             hint="use `--set loop=memplan`, whose trainer packs them, or `--set method=lora` for what is trained",
         )
 
@@ -46,6 +46,11 @@ def refuse_left_in_16_bits(job: Job, family: str) -> None:
 def packs_module(job: Job, module: Module) -> bool:
     """As `packs`, of a module of the layout."""
     return module.role in ("linear", "head") and packs(job, module.name)
+
+
+def expected_bytes(job: Job, module: Module) -> int | None:
+    """Of the weight of a module as `from_pretrained` counts it; None where it is not packed."""
+    return prod(module.shape) * bits(job) // 8 if packs_module(job, module) else None
 
 
 def num_packed(job: Job, architecture: Architecture) -> int:
@@ -59,17 +64,24 @@ def num_packed(job: Job, architecture: Architecture) -> int:
     return architecture.num_hidden_layers * in_block + after
 
 
+def bits(job: Job) -> int:
+    """Per element of a quantised base."""
+    return 8 if job.quantization.type == "int8" else 4
+
+
 def packed_bytes(num_elements: int) -> int:
-    """Two elements to a byte."""
+    """Of 4 bits: two elements to a byte."""
     return -(-num_elements // 2)
 
 
 def packed_form(job: Job, num_elements: int, torch: tuple[int, ...]) -> tuple[int, str]:
     """
-    How many elements of which dtype the packed weight has that FSDP shards. In memplan's own loop those are bytes,
+    How many elements of which dtype a packed weight has. 4 bits are in what FSDP shards: in memplan's own loop bytes,
     which FSDP2 leaves alone since torch 2.13; before, the dtype that it casts parameters to (train/quantize.py,
     storage_dtype). In other loops it is what the job says.
     """
+    if job.has_8bit_base:
+        return num_elements, "int8"
     dtype = job.quantization.storage
     if job.loop == "memplan":
         dtype = "uint8" if torch >= (2, 13) else job.autocast or job.dtype
@@ -78,7 +90,7 @@ def packed_form(job: Job, num_elements: int, torch: tuple[int, ...]) -> tuple[in
 
 def make_map(g: Graph, job: Job) -> None:
     """bitsandbytes makes one when it packs the first weight, and keeps it."""
-    if job.has_4bit_base and job.quantization.double_quant:
+    if job.has_quantized_base and not job.has_8bit_base and job.quantization.double_quant:
         g.persistent.append(
             g.storage(DYNAMIC_MAP_BYTES, "bitsandbytes' map of constants", category="quant_state")
         )
@@ -100,6 +112,8 @@ def pack(
         What stays: the packed weight, if it is on the device, and the constants of blocks of 64, with double
         quantisation in 8 bits, with constants of blocks of 256 of those.
     """
+    if job.has_8bit_base:
+        return _pack_bytes(g, job, name, shape, num_rows=shape[-1] if transposed else shape[0])
     num_elements = prod(shape)
     weight = g.new(shape, job.dtype, f"{name}.weight before packing", "workspace") if on_device else None
     copy = (
@@ -152,6 +166,23 @@ def take_packed(g: Graph, job: Job, name: str, shape: Shape, *, keeps_packed: bo
         )
         for part, num_bytes in sizes.items()
     ]
+
+
+def _pack_bytes(g: Graph, job: Job, name: str, shape: Shape, *, num_rows: int) -> list[Tensor]:
+    """
+    int8_vectorwise_quant of a float16 copy, which transformers brings from the host (integrations/bitsandbytes.py,
+    Bnb8bitQuantize) and memplan makes on the device: what stays is a byte per element and a constant per row.
+    """
+    weight = g.new(shape, job.dtype, f"{name}.weight before packing", "workspace")
+    half = g.new(shape, "float16", f"{name}.weight in float16", "workspace")
+    if (
+        g.device == "cpu"
+    ):  # written in torch operations (backends/default/ops.py): scaled and rounded in float32
+        g.scratch(*[prod(shape) * 4] * 2, name=f"{name} being packed")
+    constants = g.new((num_rows,), "float32", f"{name} scales of rows", "quant_state")
+    packed = g.new(shape, "int8", f"{name} packed weight", "weights")
+    del half, weight
+    return [packed, constants]
 
 
 def cpu_packing_scratch(num_elements: int, dtype: str, quantization_type: str) -> list[int]:

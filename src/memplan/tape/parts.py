@@ -11,7 +11,7 @@ from memplan.model.families.layout import Module
 from memplan.tape.ddp import Buckets
 from memplan.tape.experts import Stack
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear
+from memplan.tape.linear_layer import Linear
 from memplan.tape.tensors import Parameter, Tensor
 from memplan.tape.token_rows import TokenRows, merged
 

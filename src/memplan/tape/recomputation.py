@@ -60,6 +60,7 @@ class CheckpointFrame:
         graph = self.graph
         self.recomputed = []
         outer = graph.save_hook, graph.grad_enabled, graph.path, graph.category
+        attributes, graph.attributes = graph.attributes, []
         graph.save_hook, graph.grad_enabled, graph.category = self.collect, True, "activations"
         try:
             self.rerun()
@@ -68,6 +69,7 @@ class CheckpointFrame:
             graph.autocast_cache.clear()
         finally:
             graph.save_hook, graph.grad_enabled, graph.path, graph.category = outer
+            graph.attributes = attributes
             graph.autocast_cache.clear()  # a recomputation enters and leaves autocast by itself
 
 

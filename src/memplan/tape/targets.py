@@ -200,7 +200,7 @@ def check_copies(job: Job, embedding: str, head: str, *, is_tied: bool, is_packe
         )
     if is_packed:
         raise JobError(
-            f"`{head}` is stored in 4 bits, of which no copy can train",
+            f"`{head}` is quantised, of which no copy can train",
             hint=f"put `{head.split('.')[-1]}` into `quantization.skip`, or take it out of `lora.modules_to_save`",
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import prod
 
 from memplan.tape.graph import Graph
-from memplan.tape.linear import Linear
+from memplan.tape.linear_layer import Linear
 from memplan.tape.loss import Locals
 from memplan.tape.ops import alias, scale, scale_backward
 from memplan.tape.scratch import cast_to_sum, index_put_accumulate

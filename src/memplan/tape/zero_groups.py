@@ -22,7 +22,7 @@ def zero_stage(job: Job) -> int:
     """
     The stage that is planned as DeepSpeed runs it; 0 for none. What stage 3 does to packed weights is not known.
     """
-    if job.parallel.strategy == "ZERO_3" and job.has_4bit_base:
+    if job.parallel.strategy == "ZERO_3" and job.has_quantized_base:
         return 0
     return {"ZERO_1": 1, "ZERO_2": 2, "ZERO_3": 3}.get(job.parallel.strategy, 0)
 

@@ -153,7 +153,7 @@ def build_meta(
     )
     stacked = _of_whole(model, blocks, selection, num_layers, lambda module: _num_stacked(module, is_stack))
     decoder = decoder_of(model)
-    if job.has_4bit_base:
+    if job.has_quantized_base:
         from memplan.train.quantize import replace_linears
 
         replace_linears(model, job)

@@ -8,6 +8,7 @@ checkpointed blocks are run again.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from memplan.errors import TraceError
 from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.scratch import foreach_norm
+from memplan.tracing.quantized import HANDLERS, product_with_bytes
 from memplan.tracing.recorder import Handler, Recorder, called_by_engine
 from memplan.tracing.replaced import replaced
 from memplan.tracing.scratch import SCRATCH
@@ -203,60 +205,6 @@ def _safe_softmax(recorder: Recorder, _: Any, args: tuple[Any, ...], kwargs: dic
     return weights
 
 
-def _packed_product(recorder: Recorder, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """
-    A 4-bit weight is unpacked for the product, whatever the trace's backend does: bitsandbytes has a kernel that need
-    not, but takes it for few tokens only (backends/cuda/ops.py, gemm_4bit: never beyond 1536).
-    """
-    if recorder.device_type != "meta":
-        return NotImplemented
-    named = dict(zip(_PACKED_ARGUMENTS, args)) | kwargs
-    inputs, constants, bits = named["A"], named["absmax"], torch.ops.bitsandbytes
-    with recorder:
-        if named.get("absmax_8bit") is not None:
-            nested = (named["absmax_8bit"], constants, named["absmax_code"], 256, torch.float32)
-            constants = bits.dequantize_blockwise.default(*nested)
-            constants += named["absmax_offset"]
-        packing = (named["blocksize"], named["quant_type"], named["shapeB"], inputs.dtype)
-        weight = bits.dequantize_4bit.default(named["B"], constants, *packing)
-        del constants
-        rows, bias = inputs.reshape(-1, inputs.shape[-1]), named.get("bias")
-        out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-    return out.view(*inputs.shape[:-1], -1)
-
-
-def _pack(
-    recorder: Recorder, _: Any, args: tuple[Any, ...], __: dict[str, Any]
-) -> tuple[Tensor, Tensor] | Any:
-    """The constants are made before the packed weight (bitsandbytes' backends/cuda/ops.py, quantize_4bit)."""
-    if recorder.device_type != "meta":
-        return NotImplemented
-    weight, block_size, _, storage = args
-    with recorder:
-        num_elements = weight.numel()
-        constants = weight.new_empty(-(-num_elements // block_size), dtype=torch.float32)
-        packed = weight.new_empty(((num_elements + 1) // (storage.itemsize * 2), 1), dtype=storage)
-    return packed, constants
-
-
-def _pack_constants(
-    recorder: Recorder, _: Any, args: tuple[Any, ...], __: dict[str, Any]
-) -> tuple[Tensor, Tensor] | Any:
-    """As `_pack`, in 8 bits (quantize_blockwise there)."""
-    if recorder.device_type != "meta":
-        return NotImplemented
-    values, _, block_size = args
-    with recorder:
-        constants = values.new_empty(-(-values.numel() // block_size), dtype=torch.float32)
-        packed = torch.empty_like(values, dtype=torch.uint8)
-    return packed, constants
-
-
-_PACKED_ARGUMENTS = (
-    "A", "B", "shapeB", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code", "absmax_offset",
-)  # fmt: skip
-
-
 def accumulation(sole_tensor: int, sole_storage: int) -> Handler:
     """
     The engine adds gradients in place where it holds the only reference, but not under a dispatch mode: there it
@@ -316,9 +264,7 @@ def handlers(sole_tensor: int, sole_storage: int) -> dict[str, Handler]:
     table["aten::nonzero"] = _nonzero
     table["aten::index"] = table["aten::_index_put_impl_"] = table["aten::index_put_"] = _index
     table["aten::_safe_softmax"] = _safe_softmax
-    table["bitsandbytes::gemm_4bit"] = _packed_product
-    table["bitsandbytes::quantize_4bit"] = _pack
-    table["bitsandbytes::quantize_blockwise"] = _pack_constants
+    table |= HANDLERS
     table["aten::add"] = accumulation(sole_tensor, sole_storage)
     return table
 
@@ -358,6 +304,8 @@ def like_device(target: Target) -> Iterator[None]:
     changes: list[tuple[Any, str, Any]] = [(F, "scaled_dot_product_attention", attention(target))]
     if target.device == "cuda":
         changes += [(F, "dropout", _dropout), (F, "softmax", _softmax)]
+    elif "bitsandbytes" in sys.modules:
+        changes.append((sys.modules["bitsandbytes"], "matmul", product_with_bytes))
     for kind in ("foreach", "fused"):
         name = f"_get_{kind}_kernels_supported_devices"
         supported = [*getattr(foreach_utils, name)(), "meta"]

@@ -61,13 +61,13 @@ def accelerate_on_ranks(recorder: Recorder, job: Job) -> Iterator[None]:
         for model in objects:
             if isinstance(model, nn.Module):
                 _number(model)
-        with nullcontext() if job.has_4bit_base else _disable_current_modes():
+        with nullcontext() if job.has_quantized_base else _disable_current_modes():
             return prepare(accelerator, *objects)
 
     def shard_recorded(module: Any, **options: Any) -> Any:
         first = module[0] if isinstance(module, list) else module
         place = recorder.places.of_module(first)
-        with nullcontext() if job.has_4bit_base else recorder, recorder.places.at(place):
+        with nullcontext() if job.has_quantized_base else recorder, recorder.places.at(place):
             return shard(module, **options)
 
     def arrive(parameters: list[Any], buffers: list[Any], _: Any) -> None:

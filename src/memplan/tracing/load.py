@@ -27,7 +27,7 @@ def load(recorder: Recorder, job: Job, meta: MetaModel, *, on_device: bool = Fal
     places = places_of(model, meta.blocks, meta.selection.layers, meta.built.head)
     recorder.places.tell(places)
     recorder.mark("load", 0)
-    if job.loop == "hf_trainer" and is_sharded_job(job) and not job.has_4bit_base:
+    if job.loop == "hf_trainer" and is_sharded_job(job) and not job.has_quantized_base:
         return  # in host memory until accelerate shards it (hf_ranks.py)
     if on_device:
         recorder.scratch((_checkpoint_bytes(job, meta, places),), "room for the model's weights")
@@ -127,7 +127,7 @@ def _visits(module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[nn.Module
 
 
 def _checkpoint_bytes(job: Job, meta: MetaModel, places: dict[nn.Module, Place]) -> int:
-    """Bytes of all weights as `from_pretrained` counts them: half a byte per element of one that is packed."""
+    """Bytes of all weights as `from_pretrained` counts them: so many bits per element of one that is packed."""
     stands_for = meta.multiplicity()
     total = 0
     counted: set[int] = set()
@@ -138,7 +138,7 @@ def _checkpoint_bytes(job: Job, meta: MetaModel, places: dict[nn.Module, Place])
             counted.add(id(parameter))
             num_bytes = parameter.numel() * parameter.element_size()
             if name == "weight" and hasattr(module, "pack_weight"):
-                num_bytes = module.in_features * module.out_features // 2
+                num_bytes = module.in_features * module.out_features * module.bits // 8
             total += num_bytes * (1 if place.layer is None else stands_for.get(place.layer, 1))
     return total
 
@@ -160,6 +160,9 @@ def _pack(recorder: Recorder, module: Any, place: Place) -> None:
     if not is_sharded(module.weight):
         module.weight = packed
         recorder.name(packed, "weights", name)
+    if module.bits == 8:
+        recorder.name(packed.SCB, "quant_state", f"{name} scales of rows")
+        return
     for key, tensor in _constants(module.quant_state):
         recorder.name(tensor, "quant_state", f"{name} {key}")
 

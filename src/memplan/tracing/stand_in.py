@@ -139,6 +139,11 @@ def quant_constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         state = getattr(getattr(module, "weight", None), "quant_state", None) or getattr(
             module, "quant_state", None
         )
+        for owner in (getattr(module, "weight", None), getattr(module, "state", None)):  # of 8 bits
+            for key in ("CB", "SCB"):
+                tensor = getattr(owner, key, None)
+                if isinstance(tensor, Tensor):
+                    yield f"{path}.weight {key}", tensor
         depth = ""
         while state is not None:
             for key in ("absmax", "code", "offset"):

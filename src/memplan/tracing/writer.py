@@ -159,7 +159,7 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
         stack.enter_context(like_device(target))
         stack.enter_context(emulated(casts=job.autocast is not None, device_types=(device, META.type)))
         recorder.multiplicity = meta.multiplicity()
-        if job.has_4bit_base:
+        if job.has_quantized_base:
             stack.enter_context(own_quantization_maps())
         if job.optimizer not in TORCH_OPTIMIZERS:
             stack.enter_context(bitsandbytes_on_meta())

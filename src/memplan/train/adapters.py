@@ -159,7 +159,7 @@ def _trained_rows(model: Any, job: Job, token_ids: Sequence[int] | None) -> dict
         return {names[embeddings]: rows}
     if type(head) is not nn.Linear or head.bias is not None:
         raise RunError(
-            "the rows of `data.special_tokens` train in a head that is one linear layer without bias, not in 4 bits",
+            "the rows of `data.special_tokens` train in a head that is one linear layer without bias, not quantised",
             hint="keep `lm_head` in `quantization.skip`, or use `--set lora.train_tokens=false`",
         )
     return {names[embeddings]: rows, names[head]: rows}

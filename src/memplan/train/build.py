@@ -161,7 +161,7 @@ def _build(
     token_ids: Sequence[int] | None,
 ) -> Built:
     model = _model(job, config)
-    if job.has_4bit_base:
+    if job.has_quantized_base:
         from memplan.train.quantize import replace_linears
 
         replace_linears(model, job)
@@ -201,7 +201,7 @@ def _build(
 
 
 def is_plain(head: nn.Module) -> bool:
-    """Whether a head is one linear layer without bias or adapter, not in 4 bits; ask before it is sharded."""
+    """Whether a head is one linear layer without bias or adapter, not quantised; ask before it is sharded."""
     return type(head) is nn.Linear and head.bias is None
 
 
@@ -270,7 +270,7 @@ def check_head(built: Built, config: Any) -> None:
     if built.loss_form != "full" and not is_plain(head):
         raise RunError(
             f"`loss: {built.loss_form}` needs an output head that is one linear layer without bias or adapter, "
-            "not in 4 bits",
+            "not quantised",
             hint="use `--set loss=full`, or keep `lm_head` out of `lora.target_modules` and in `quantization.skip`",
         )
 

@@ -48,8 +48,8 @@ class Merged:
     base: str
     num_layers: int
     num_files: int
-    was_4bit: bool
-    """The adapters were trained beside a 4-bit base."""
+    was_quantized: bool
+    """The adapters were trained beside a quantised base."""
 
 
 def merge(
@@ -106,8 +106,8 @@ def merge(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    was_4bit = job is not None and job.method == "qlora"
-    return Merged(output, name, len(adapter.layers), len(files), was_4bit)
+    was_quantized = job is not None and job.method == "qlora"
+    return Merged(output, name, len(adapter.layers), len(files), was_quantized)
 
 
 def _check_output(output: Path) -> None:
@@ -375,9 +375,9 @@ def _copy_beside(name: str, adapter_folder: Path, output: Path) -> None:
 def explain(merged: Merged) -> list[str]:
     """What a person should know of a merge."""
     lines = [f"merged {merged.num_layers} layers into `{merged.base}`: {merged.output}"]
-    if merged.was_4bit:
+    if merged.was_quantized:
         lines.append(
-            "note: the adapters were trained beside a base in 4 bits and are now in the one in full precision, "
+            "note: the adapters were trained beside a quantised base and are now in the one in full precision, "
             "whose outputs differ a little"
         )
     return lines

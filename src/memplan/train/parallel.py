@@ -246,7 +246,7 @@ def build_parallel(
         shard=cut if is_sharded(job) else None,
         token_ids=token_ids,
     )
-    if root is not None and job.has_4bit_base:
+    if root is not None and job.has_quantized_base:
         from memplan.train.quantize import check_sharded
 
         check_sharded(root)

@@ -1,5 +1,5 @@
 """
-The 4-bit base of QLoRA: bitsandbytes' linear layers, packed one by one as their weights arrive.
+A base in 4 or 8 bits: bitsandbytes' linear layers, packed one by one as their weights arrive.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ from torch import Tensor, nn
 
 from memplan.errors import RunError
 from memplan.job.spec import Job
+from memplan.tape.packing import bits
 
-# On CPUs with bfloat16 instructions, bitsandbytes asks for a package that only inference would use.
-getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
+# On CPUs with bfloat16 instructions, bitsandbytes asks for a package that only inference would use. Of inputs that are
+# no float16 it says in every product that they are cast.
+for module in ("backends.cpu.ops", "autograd._functions"):
+    getLogger(f"bitsandbytes.{module}").setLevel(ERROR)
 
 import bitsandbytes  # noqa: E402
+
+OUTLIER_THRESHOLD = 6.0
+"""Columns of an input with a value from here on are multiplied in 16 bits: `llm_int8_threshold` of transformers."""
 
 
 class PackedLinear(bitsandbytes.nn.Linear4bit):
@@ -31,6 +37,8 @@ class PackedLinear(bitsandbytes.nn.Linear4bit):
         compute_dtype: of the product, and of the weight before it is packed.
         storage_dtype: of the tensor that holds the packed weight.
     """
+
+    bits = 4
 
     def __init__(
         self,
@@ -114,6 +122,52 @@ class PackedLinear(bitsandbytes.nn.Linear4bit):
         return parameter
 
 
+class PackedLinear8bit(bitsandbytes.nn.Linear8bitLt):
+    """
+    A linear layer of LLM.int8(), made without memory.
+
+    Args:
+        linear: the layer that it takes the place of, one of those that `takes` knows; its bias is kept.
+        weight_dtype: of the weight before it is packed.
+    """
+
+    bits = 8
+
+    def __init__(self, linear: Any, *, weight_dtype: torch.dtype) -> None:
+        self.is_transposed = _is_conv1d(linear)
+        in_features, out_features = linear.weight.shape if self.is_transposed else linear.weight.shape[::-1]
+        super().__init__(
+            in_features,
+            out_features,
+            bias=False,
+            has_fp16_weights=False,
+            threshold=OUTLIER_THRESHOLD,
+            device="meta",
+        )
+        self.bias = linear.bias
+        self.weight_dtype = weight_dtype
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Of the weight before it is packed, as the model and its checkpoints have it."""
+        shape = self.out_features, self.in_features
+        return torch.Size(shape[::-1] if self.is_transposed else shape)
+
+    def pack_weight(self, weight: Tensor) -> Tensor:
+        """
+        The packed form of a weight of `weight_shape`, on the device that it is on, with a constant for every row. As
+        transformers does it, from a float16 copy in the order of a linear layer's weight.
+        """
+        if self.is_transposed:
+            weight = weight.T
+        half = weight.to(torch.float16, copy=True, memory_format=torch.contiguous_format)
+        packed, constants, _ = bitsandbytes.functional.int8_vectorwise_quant(half)
+        parameter: Tensor = bitsandbytes.nn.Int8Params(
+            packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=constants
+        )
+        return parameter
+
+
 def takes(module: nn.Module) -> bool:
     """
     Whether a layer can be packed: torch's linear layer, transformers' Conv1D, and Falcon's own linear layer, which
@@ -131,8 +185,8 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def replace_linears(model: Any, job: Job) -> None:
     """
-    Put a `PackedLinear` in the place of every linear layer of a model on the meta device, but those that
-    `quantization.skip` names and a head tied to the embeddings.
+    Put a `PackedLinear`, or one of 8 bits, in the place of every linear layer of a model on the meta device, but those
+    that `quantization.skip` names and a head tied to the embeddings.
 
     Raises:
         RunError: there is none to replace.
@@ -143,21 +197,28 @@ def replace_linears(model: Any, job: Job) -> None:
         skipped = any(name == skip or name.endswith(f".{skip}") for skip in job.quantization.skip)
         if not takes(module) or skipped or id(module.weight) == tied:
             continue
-        packed = PackedLinear(
-            module,
-            quantization_type=job.quantization.type,
-            double_quant=job.quantization.double_quant,
-            compute_dtype=getattr(torch, job.dtype),
-            storage_dtype=storage_dtype(job),
-        )
-        model.set_submodule(name, packed)
+        model.set_submodule(name, _packed(module, job))
         replaced += 1
     if not replaced:
         raise RunError(
-            f"no layer of `{job.model}` can be stored in 4 bits: it has no linear layer that is not skipped",
+            f"no layer of `{job.model}` can be stored in {bits(job)} bits: it has no linear layer that is not skipped",
             hint="use `--set method=lora`, or check `quantization.skip`",
         )
-    model.is_loaded_in_4bit = True  # where peft looks
+    setattr(model, f"is_loaded_in_{bits(job)}bit", True)  # where peft looks
+
+
+def _packed(linear: nn.Module, job: Job) -> PackedLinear | PackedLinear8bit:
+    """The layer, without its weight."""
+    dtype = getattr(torch, job.dtype)
+    if job.has_8bit_base:
+        return PackedLinear8bit(linear, weight_dtype=dtype)
+    return PackedLinear(
+        linear,
+        quantization_type=job.quantization.type,
+        double_quant=job.quantization.double_quant,
+        compute_dtype=dtype,
+        storage_dtype=storage_dtype(job),
+    )
 
 
 def probe_layers(model: nn.Module) -> None:

@@ -172,7 +172,7 @@ def check_device(job: Job, device_type: str) -> None:
 
 def _check_packages(job: Job) -> None:
     packages = ["torch", "transformers", "safetensors"]
-    packages += ["peft"] * (job.method in ("lora", "qlora")) + ["bitsandbytes"] * job.has_4bit_base
+    packages += ["peft"] * (job.method in ("lora", "qlora")) + ["bitsandbytes"] * job.has_quantized_base
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise RunError(

@@ -15,6 +15,7 @@ _BY_VALUE: dict[str, dict[tuple[str, Any], str]] = {
         ("activation_checkpointing", "full"): "gradient_checkpointing: true",
         ("activation_offload", True): "activation_offloading: hidden_states",
         ("method", "qlora"): "adapter: qlora\nload_in_4bit: true",
+        ("quantization.type", "nf4"): "adapter: qlora\nload_in_4bit: true\nload_in_8bit: false",
         ("quantization.storage", "bfloat16"): "bnb_config_kwargs: {bnb_4bit_quant_storage: bfloat16}",
         ("quantization.storage", "float16"): "bnb_config_kwargs: {bnb_4bit_quant_storage: float16}",
         ("lora.dtype", "bfloat16"): "peft_autocast_adapter_dtype: false",
@@ -30,6 +31,7 @@ _BY_VALUE: dict[str, dict[tuple[str, Any], str]] = {
         ("activation_checkpointing", "full"): "disable_gradient_checkpointing: false",
         ("activation_offload", True): "use_unsloth_gc: true",
         ("method", "qlora"): "quantization_bit: 4",
+        ("quantization.type", "nf4"): "quantization_bit: 4",
         ("quantization.double_quant", True): "double_quantization: true",
         ("optimizer_kernel", "fused"): "optim: adamw_torch_fused",
         ("dtype", "bfloat16"): "pure_bf16: true",
@@ -40,6 +42,7 @@ _BY_VALUE: dict[str, dict[tuple[str, Any], str]] = {
     "TRL": {
         ("activation_checkpointing", "full"): "gradient_checkpointing: true",
         ("method", "qlora"): "load_in_4bit: true",
+        ("quantization.type", "nf4"): "load_in_4bit: true\nload_in_8bit: false",
         ("quantization.double_quant", True): "use_bnb_nested_quant: true",
         ("optimizer_kernel", "fused"): "optim: adamw_torch_fused",
         ("dtype", "bfloat16"): "dtype: bfloat16",

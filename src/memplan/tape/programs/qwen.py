@@ -13,7 +13,7 @@ from functools import partial
 from memplan.errors import JobError
 from memplan.tape.backends import Call
 from memplan.tape.graph import Graph
-from memplan.tape.linear import FUNCTIONS_OWN_GRADIENTS, linear
+from memplan.tape.linear import linear
 from memplan.tape.modules import called, entered, hooked, left
 from memplan.tape.norms import embedding, normalised
 from memplan.tape.ops import (
@@ -32,6 +32,7 @@ from memplan.tape.ops import (
 from memplan.tape.parts import Block, Model
 from memplan.tape.programs.blocks import Given, Settings, run_blocks
 from memplan.tape.programs.layers import leaf
+from memplan.tape.quantized import FUNCTIONS_OWN_GRADIENTS
 from memplan.tape.sdpa import merged_copy, run_kernel, run_math
 from memplan.tape.tensors import Gradients, Node, Tensor
 from memplan.tape.views import split_last, unbound_halves, whole_slices
