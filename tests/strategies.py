@@ -87,6 +87,8 @@ def agreeing(job: Job) -> Job:
         changes["lora.train_tokens"] = False
     if changes.get("loop", job.loop) == "memplan":
         changes["kernels"] = "torch"
+    if changes.get("loop", job.loop) != "hf_trainer":
+        changes["padding_free"] = False
     if (
         changes.get("parallel.fsdp_version", job.parallel.fsdp_version) == 1
         or job.parallel.strategy == "ZERO_3"

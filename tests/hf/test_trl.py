@@ -8,13 +8,23 @@ from typing import Any
 import pytest
 from tiny_trainers import model
 
+from memplan.budget.estimate import estimate_written
 from memplan.hf import preflight
+from memplan.model import architecture_from_config
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def sft_trainer(folder: Path, *, adapters: bool, batch: int, length: int, **options: Any) -> Any:
+def model_of(attention: str) -> Any:
+    built = model(bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    built.set_attn_implementation(attention)
+    return built
+
+
+def sft_trainer(
+    folder: Path, *, adapters: bool, batch: int, length: int, built: Any = None, **options: Any
+) -> Any:
     """An SFTTrainer of a tiny model and rows of `length` tokens."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -24,11 +34,11 @@ def sft_trainer(folder: Path, *, adapters: bool, batch: int, length: int, **opti
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, "a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     arguments = trl.SFTConfig(
-        output_dir=str(folder), per_device_train_batch_size=batch, max_length=length, report_to=[], use_cpu=True,
-        dataset_kwargs={"skip_prepare_dataset": True}, **options,
+        output_dir=str(folder), per_device_train_batch_size=batch, report_to=[], use_cpu=True,
+        dataset_kwargs={"skip_prepare_dataset": True}, **{"max_length": length} | options,
     )  # fmt: skip
     return trl.SFTTrainer(
-        model=model(bos_token_id=None, eos_token_id=1, pad_token_id=0), args=arguments,
+        model=built or model_of("sdpa"), args=arguments,
         train_dataset=Dataset.from_dict({"input_ids": [[2] * length] * (2 * batch)}), processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear") if adapters else None,
     )  # fmt: skip
@@ -90,3 +100,23 @@ def test_other_kernels_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     assert not any("other kernels" in note for note in known.result.warnings)
     assert any("other kernels than 1.16" in note for note in other.result.warnings)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_batches_without_padding_are_one_row_under_a_mask(tmp_path: Path, attention: str) -> None:
+    """Positions in place of the collator's mask, and a mask of (1, 1, B x S, B x S) in every step."""
+    settings: dict[str, Any] = {"adapters": False, "batch": 3, "length": 200}
+    made = model_of(attention)
+    padded = preflight(sft_trainer(tmp_path, **settings, built=made), gpu="24GB")
+    traced = preflight(
+        sft_trainer(tmp_path, **settings, built=made, padding_free=True, max_length=None),
+        gpu="24GB",
+        engine="trace",
+    )
+    job = padded.result.job
+    assert job is not None
+    architecture = architecture_from_config(made.config.to_dict(), name="tiny", source="test")
+    planned = estimate_written(job.replace(padding_free=True), architecture)[1]
+
+    assert planned.peak.allocated_bytes == traced.peak_bytes > padded.peak_bytes
+    assert planned.peak.reserved_bytes == traced.result.peak.reserved_bytes

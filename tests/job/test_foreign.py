@@ -143,6 +143,9 @@ def test_trls_defaults_are_its_own():
         ({"dtype": "bfloat16", "bf16": False}, "autocast", None),
         ({"gradient_checkpointing": False}, "activation_checkpointing", "none"),
         ({"max_length": 4096, "packing": True}, "packing", True),
+        ({"packing": True}, "padding_free", True),
+        ({"packing": True, "packing_strategy": "wrapped"}, "padding_free", False),
+        ({"padding_free": True}, "padding_free", True),
         ({"max_length": 1000, "pad_to_multiple_of": 64}, "max_seq_len", 1024),
         ({"accelerate_config": "zero2"}, "parallel.dp_shard", 8),
         ({"accelerate_config": "zero2", "num_processes": 2}, "parallel.dp_shard", 2),
@@ -290,9 +293,7 @@ def test_no_length_is_no_default():
 @pytest.mark.parametrize(
     ("content", "has"),
     [
-        (TRL | {"packing": True}, True),
-        (TRL | {"packing": True, "packing_strategy": "wrapped"}, False),
-        (TRL | {"packing": True, "attn_implementation": "flash_attention_2"}, False),
+        (TRL | {"packing": True}, False),
         (FACTORY | {"neat_packing": True}, True),
         (FACTORY | {"packing": True}, False),
         (AXOLOTL_LORA | {"sample_packing": True, "attn_implementation": "sdpa"}, True),
@@ -300,7 +301,7 @@ def test_no_length_is_no_default():
     ],
 )
 def test_masks_of_packed_rows_are_named(content: dict[str, Any], has: bool):
-    """Where documents of a row are kept apart and the kernel cannot."""
+    """Where documents of a row are kept apart, the kernel cannot, and no plan has it: TRL's are planned."""
     assert has == any("mask of tokens x tokens" in note for note in read(content).notes)
 
 

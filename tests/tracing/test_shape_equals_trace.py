@@ -173,6 +173,9 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("falcon", {"loop": "hf_trainer", "micro_batch_size": 3}),
     ("gpt2", {"loop": "hf_trainer", "attention": "flash_attention_2", "max_seq_len": 512}),
     ("bert", {"loop": "hf_trainer", "attention": "flash_attention_2"}),
+    ("llama", {"loop": "hf_trainer", "padding_free": True, "method": "lora", LOSS: 2, CKPT: "full"}),
+    ("gpt2", {"loop": "hf_trainer", "padding_free": True, "attention": "eager"}),
+    ("mistral, sliding", {"loop": "hf_trainer", "padding_free": True, "max_seq_len": 100}),
     (
         "llama",
         {"method": "lora", SAVED: BOTH, "loop": "hf_trainer", "autocast": "bfloat16", CKPT: "full", LOSS: 2},

@@ -50,6 +50,19 @@ def observed_trainer(begin: Callable[[str, int], None], end_step: Callable[[int]
     return Observed
 
 
+def flattened(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """As one row with positions, in which sequences begin anew, as transformers.DataCollatorWithFlattening makes it."""
+    import torch
+
+    ids = torch.tensor([[token for row in rows for token in row["input_ids"]]], dtype=torch.int64)
+    positions = torch.tensor([[place for row in rows for place in range(len(row["input_ids"]))]])
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(positions == 0, -100),
+        "position_ids": positions,
+    }
+
+
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
     """
     Rows of one length as a batch of tensors, whose labels are its ids, with a mask of ones, as

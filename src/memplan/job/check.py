@@ -30,6 +30,7 @@ def check_job(job: Job) -> list[Conflict]:
         check_storage,
         check_8bit_base,
         _check_npt_strategy,
+        _check_padding_free,
         _check_npt_loop,
         _check_kernels,
         _check_flash_attention,
@@ -113,6 +114,15 @@ def _check_npt_strategy(job: Job) -> Iterator[Conflict]:
             ("method", "parallel.strategy"),
             f"`method: npt` trains in memplan's own loop, which DeepSpeed's `{strategy}` does not run",
             "set `parallel.strategy: FULL_SHARD`, or `NO_SHARD` with `parallel.dp_replicate`",
+        )
+
+
+def _check_padding_free(job: Job) -> Iterator[Conflict]:
+    if job.padding_free and job.loop != "hf_trainer":
+        yield Conflict(
+            ("padding_free", "loop"),
+            f"`padding_free` is of TRL's and transformers' collators, which `loop: {job.loop}` does not use",
+            "set `loop: hf_trainer`; memplan's own loop keeps documents apart with `packing: true`",
         )
 
 

@@ -60,6 +60,11 @@ class Job:
     gradient_accumulation_steps: int = setting(1, "Forward and backward passes per optimizer step", minimum=1)
     max_seq_len: int = setting(2048, "Longest sequence after truncation, in tokens", minimum=1)
     packing: bool = setting(False, "Concatenate samples into full sequences")
+    padding_free: bool = setting(
+        False,
+        "The sequences of a micro batch are one row with their positions, kept apart: TRL's `padding_free` and its "
+        "packing of whole documents, with `loop: hf_trainer`",
+    )
     activation_checkpointing: str = setting(
         "none", "Recompute blocks in backward (gradient checkpointing)", choices=("none", "selective", "full")
     )

@@ -137,7 +137,7 @@ def _trainer_loop(
 ) -> None:
     """transformers' Trainer with its defaults, told when its phases begin by a few overridden methods."""
     from memplan.hf.arguments import check_trainer, training_arguments
-    from memplan.hf.trainer import collate, observed_trainer
+    from memplan.hf.trainer import collate, flattened, observed_trainer
 
     check_trainer(job)
     # Checkpointing is switched on by the Trainer, as those who use it do; it knows no `selective`.
@@ -151,7 +151,7 @@ def _trainer_loop(
             model=built.model,
             args=training_arguments(job, folder, steps=steps, use_cpu=device.type == "cpu"),
             train_dataset=_rows(samples),
-            data_collator=collate,
+            data_collator=flattened if job.padding_free else collate,
         )
         trainer.train()
 

@@ -138,6 +138,10 @@ class Behaviour:
     Batches hold a mask of ones beside ids and labels: transformers' collators take it from `tokenizer.pad`
     (data/data_collator.py), TRL's makes one (trainer/sft_trainer.py, DataCollatorForLanguageModeling).
     """
+    starts_in_batch: bool = False
+    """
+    Batches say where their documents begin, so that flash attention looks at no positions: TRL's without padding.
+    """
     sums_masks: bool = True
     """
     Whether a mask masks anything is seen from its sum: transformers since 5.14; before that `all` of it is
@@ -294,7 +298,8 @@ class Behaviour:
             clones_output=ddp and (adapters or job.activation_checkpointing == "none"),
             prefetch=trainer,
             trainer_scalars=trainer and not zero_stage(job),
-            mask_in_batch=trainer,
+            mask_in_batch=trainer and not job.padding_free,
+            starts_in_batch=trainer and job.padding_free and job.loss == "chunked",
             # The Trainer switches checkpointing on as users do, and transformers 5 then makes the output of the
             # embeddings require gradients (modeling_utils.py, activation_checkpointing_enable).
             # So does peft's prepare_model_for_kbit_training.

@@ -20,9 +20,10 @@ def refuse_for_encoder(job: Job) -> None:
             f"`{job.model}` has a bias and a transform in front of it",
             hint="use `--set loss=full`",
         )
-    if job.packing:
+    if job.packing or job.padding_free:
+        field = "packing" if job.packing else "padding_free"
         raise JobError(
-            f"`packing: true` needs attention that keeps documents apart, and `{job.model}` is an encoder, whose "
+            f"`{field}: true` needs attention that keeps documents apart, and `{job.model}` is an encoder, whose "
             "tokens see all others",
-            hint="use `--set packing=false`",
+            hint=f"use `--set {field}=false`",
         )

@@ -195,11 +195,14 @@ class Loop:
             self.batch = self.new_batch(length)
             return
         if micro == 1:
+            self.settings.position_ids = None  # which the batches hold
             batches = [self.new_batch(length) for _ in range(self.job.gradient_accumulation_steps)]
             tokens = self.count_tokens([labels for *_, labels in batches])
             self.batches = batches
             self.num_tokens = tokens
         self.batch = self.batches[micro - 1]
+        if self.job.padding_free:
+            self.settings.position_ids = self.batch[1]
 
     def count_tokens(self, batches: list[Tensor]) -> Tensor | None:
         """
@@ -229,6 +232,8 @@ class Loop:
         """Ids on the device, the collator's mask or the positions where rows are packed, and last the labels."""
         g, job = self.g, self.job
         shape = (job.micro_batch_size, length)
+        if job.padding_free:
+            return self.new_row(prod(shape))
         if self.packed and job.attention == "flash_attention_2":
             shape = (1, prod(shape))  # the trainer hands it all documents in one row (train/data.py, flatten)
         ids = g.new(shape, "int64", "input ids", "inputs")
@@ -239,6 +244,23 @@ class Loop:
         if self.packed:
             self.settings.position_ids = g.new(shape, "int64", "position ids", "inputs")
         return ids, labels
+
+    def new_row(self, length: int) -> tuple[Tensor, ...]:
+        """
+        A micro batch as one row with positions, as transformers' DataCollatorWithFlattening makes it; TRL's has the
+        beginnings of its documents besides, twice, and every token's document, in int32.
+        """
+        g, shape = self.g, (1, length)
+        ids = g.new(shape, "int64", "input ids", "inputs")
+        labels = g.new(shape, "int64", "labels", "inputs")
+        positions = g.new(shape, "int64", "position ids", "inputs")
+        if not self.behaviour.starts_in_batch:
+            return ids, positions, labels
+        starts = [
+            g.new((self.job.micro_batch_size + 1,), "int32", "beginnings of documents", "inputs")
+            for _ in range(2)
+        ]
+        return ids, positions, *starts, g.new(shape, "int32", "documents", "inputs"), labels
 
     def forward(self, label: str) -> Tensor | None:
         g, job = self.g, self.job
@@ -291,7 +313,8 @@ class Loop:
                 )
             else:
                 outputs = Outputs()
-                returned = [self.on_head(held[0], lambda x: trl_forward(g, x, head, outputs))]
+                count = prod(labels.shape) - self.job.micro_batch_size  # all but the first of each sequence
+                returned = [self.on_head(held[0], lambda x: trl_forward(g, x, head, outputs, count))]
                 held.clear()
                 g.leave_autocast()
                 return trl_loss(g, returned, outputs)

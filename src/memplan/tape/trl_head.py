@@ -34,17 +34,17 @@ class Outputs:
     """Labels that count, (B, S - 1)."""
 
 
-def trl_forward(g: Graph, hidden: Tensor, head: Linear, outputs: Outputs) -> Tensor:
+def trl_forward(g: Graph, hidden: Tensor, head: Linear, outputs: Outputs, count: int) -> Tensor:
     """
-    Log-probabilities (B, S - 1) of (B, S, d) hidden states, every token of which counts. The caller holds `hidden`;
+    Log-probabilities (B, S - 1) of (B, S, d) hidden states, `count` labels of which count. The caller holds `hidden`;
     `outputs` is given the rest.
     """
     batch, length, _ = hidden.shape
     shape = (batch, length - 1)
     weight = head.current_weight(g)
     mask = outputs.mask = g.new(shape, "bool", "labels that count")
-    rows = _select_hidden(g, hidden, mask)
-    targets = _select_labels(g, batch * (length - 1))
+    rows = _select_hidden(g, hidden, mask, count)
+    targets = _select_labels(g, count)
     log_probabilities, hits = _log_probabilities(g, rows, weight, targets)
     del rows, targets
     scattered = _scattered(g, log_probabilities, shape)
@@ -53,9 +53,9 @@ def trl_forward(g: Graph, hidden: Tensor, head: Linear, outputs: Outputs) -> Ten
     total = g.new((), "float32", "sum of log-probabilities")
     negated = g.new((), "float32", "sum of losses")
     del total
-    count = _count(g, mask, "labels")
+    number = _count(g, mask, "labels")
     bounded = g.new((), "int64", "number of labels, at least one")
-    del count
+    del number
     outputs.loss = [g.new((), "float32", "loss per label of the batch"), bounded]
     del negated, bounded
     return scattered
@@ -115,10 +115,9 @@ def _count(g: Graph, values: Tensor, name: str) -> Tensor:
     return total
 
 
-def _select_hidden(g: Graph, hidden: Tensor, mask: Tensor) -> Tensor:
+def _select_hidden(g: Graph, hidden: Tensor, mask: Tensor, count: int) -> Tensor:
     """`hidden[:, :-1][mask]`."""
     batch, length, width = hidden.shape
-    count = batch * (length - 1)
     positions = g.new((count, 2), "int64", "positions of the labels that count")
     rows = g.new((count, width), hidden.dtype, "hidden states that count")
     if g.needs(hidden):

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memplan.errors import RunError, TraceError
 from memplan.hf.arguments import check_trainer, training_arguments
-from memplan.hf.trainer import collate, observed_trainer
+from memplan.hf.trainer import collate, flattened, observed_trainer
 from memplan.job.spec import Job
 from memplan.tracing.build import META
 from memplan.tracing.hf_ranks import accelerate_on_ranks, arguments_of_ranks, name_shards
@@ -122,7 +122,12 @@ def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int, 
             logging_nan_inf_filter=False,  # it looks at the loss, which has no value here
             **arguments_of_ranks(job),
         )
-        OnMeta(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
+        OnMeta(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=flattened if job.padding_free else collate,
+        ).train()
 
 
 class _Batches(list[Any]):

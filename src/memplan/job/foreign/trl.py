@@ -13,7 +13,6 @@ from memplan.job.foreign.sharding import read_deepspeed, read_fsdp
 from memplan.job.foreign.training import (
     ATTENTION_HINT,
     ATTENTIONS,
-    note_packing_mask,
     put_targets,
     read_evaluation,
     read_run,
@@ -52,10 +51,9 @@ def read_trl(keys: Keys) -> None:
     keys.put("autocast", mixed, "fp16" if fp16 else None)
     keys.move("per_device_train_batch_size", "micro_batch_size", 8)
     keys.move("gradient_accumulation_steps", "gradient_accumulation_steps", 1)
-    flattens = _read_rows(keys)
+    _read_rows(keys)
     _read_checkpointing(keys)
     keys.choose("attn_implementation", "attention", ATTENTIONS, "sdpa", hint=ATTENTION_HINT)
-    note_packing_mask(keys, flattens)
     _read_loss(keys)
     read_run(keys, schedule_default="linear", epochs_default=3, learning_rate_default=2e-5)
     read_evaluation(keys)
@@ -64,8 +62,8 @@ def read_trl(keys: Keys) -> None:
     keys.leave(_HARMLESS, _HARMLESS_PREFIXES)
 
 
-def _read_rows(keys: Keys) -> bool:
-    """Rows of `max_length`. Returns whether a batch is one row of documents kept apart: packed, or padding-free."""
+def _read_rows(keys: Keys) -> None:
+    """Rows of `max_length`, or a batch in one row, whose documents are kept apart: packed, or padding-free."""
     line = keys.line("max_length")
     if keys.is_null("max_length"):
         hint = "name the longest sample: `--set max_seq_len=8192`"
@@ -81,7 +79,8 @@ def _read_rows(keys: Keys) -> bool:
     packs = keys.flag("packing")
     keys.put("packing", packs, key)
     by_document = (keys.text("packing_strategy") or "bfd") != "wrapped"
-    return keys.flag("padding_free") or (packs and by_document)
+    key = "padding_free" if "padding_free" in keys else key
+    keys.put("padding_free", keys.flag("padding_free") or (packs and by_document), key)
 
 
 def _read_method(keys: Keys) -> None:

@@ -122,7 +122,8 @@ def attend(
         causal=not architecture.is_encoder, softcapped=architecture.attn_logit_softcapping is not None,
         padded=behaviour.padding_mask, repeated=behaviour.repeat_key_heads,
         told_of_groups=told_of_groups, weights=weights,
-        positions_seen=architecture.family not in WITHOUT_POSITIONS, all_rows=behaviour.checks_all_rows,
+        positions_seen=architecture.family not in WITHOUT_POSITIONS and not behaviour.starts_in_batch,
+        all_rows=behaviour.checks_all_rows,
     )  # fmt: skip
     return output, weights
 
