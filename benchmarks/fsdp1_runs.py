@@ -9,7 +9,8 @@ from itertools import takewhile
 
 from benchmarks.compare import Row, Run
 from benchmarks.published import Case
-from memplan.allocator import CachingAllocator
+from memplan.allocator import CachingAllocator, replay
+from memplan.tape.tape import WrittenTape
 from memplan.tape.writer import write_tape
 from memplan.units import MiB
 
@@ -92,6 +93,39 @@ def _num_over(allocator: CachingAllocator, freed: Mapping[int, tuple[int, int]],
     """How many of the outstanding blocks were freed before the `seen` first, behind no more than `over` collectives."""
     outstanding = (freed[storage] for storage in allocator.outstanding)
     return sum(1 for _ in takewhile(lambda at: at[0] < seen and at[1] <= over, outstanding))
+
+
+def reserved_with_ranks_ahead(case: Case) -> int:
+    """
+    Reserved peak in bytes, the mean over ranks, of a 4-bit model that the first rank alone has loaded.
+
+    transformers 4.45 leaves packed weights on meta in the others, where FSDP1 then makes each unit empty on the device
+    (transformers/modeling_utils.py, _load_state_dict_into_meta_model; accelerate's `param_init_fn`). Nothing is copied
+    from their host, so nothing waits for the device, and NCCL may still read the buckets of every unit before.
+    """
+    reserved = 0
+    for rank in range(case.gpus):
+        written = write_tape(case.job, case.architecture, behaviour=replace(case.behaviour, rank=rank))
+        tape = written.flatten()
+        events = _with_buckets_kept(written, tape.events) if rank else tape.events
+        replayed = replay(
+            events, tape.sizes, tape.streams, case.job.allocator, recorded=tape.recorded, waits=tape.waits
+        )
+        reserved += replayed.peak_reserved_bytes
+    return reserved // case.gpus
+
+
+def _with_buckets_kept(written: WrittenTape, events: Sequence[int]) -> list[int]:
+    """Buckets of the broadcast that wrapping begins with go when the last of them does."""
+    buckets = [
+        event
+        for event in events
+        if event < 0 and written.describe(-event).where.endswith("bucket of a broadcast")
+    ]
+    last, early = buckets[-1], set(buckets[:-1])
+    kept = [event for event in events if event not in early]
+    at = kept.index(last)
+    return [*kept[:at], *buckets[:-1], *kept[at:]]
 
 
 def _in_order(row: Row) -> Row:

@@ -6,7 +6,13 @@ import dataclasses
 
 import pytest
 from benchmarks.compare import Run, compare
-from benchmarks.fsdp1_runs import SHORT, TELLING, reserved_in_collective_order, without_sum_in_place
+from benchmarks.fsdp1_runs import (
+    SHORT,
+    TELLING,
+    reserved_in_collective_order,
+    reserved_with_ranks_ahead,
+    without_sum_in_place,
+)
 from benchmarks.published import Case, Measurement, load_published
 
 from memplan.allocator import CachingAllocator, replay
@@ -14,7 +20,7 @@ from memplan.allocator.replay import follow
 from memplan.allocator.segments import Pool
 from memplan.tape.tape import Tape
 from memplan.tape.writer import write_tape
-from memplan.units import MiB
+from memplan.units import GiB, MiB
 
 CASES = load_published()
 
@@ -33,6 +39,28 @@ def test_two_runs_under_fsdp1_tell_how_peft_added():
     assert len(TELLING) == len(rows)
     assert all(abs(row.predicted_bytes - row.measured.bytes) < row.measured.rounding_bytes for row in rows)
     assert all(-0.015 < row.error < -0.007 for row in later)
+
+
+LLAMA_4_BIT = [case for case in CASES if case.id.startswith("fms-liger-llama-3.1-8b-accelerated-peft-bnb-")]
+
+
+@pytest.mark.parametrize(("gpus", "runs", "planned", "shown"), [(2, 4, 2.49, 0.89), (4, 5, 3.33, 0.92)])
+def test_ranks_that_load_nothing_wrap_4_bit_models_ahead(gpus: int, runs: int, planned: float, shown: float):
+    """What the driver shows beyond the replay, GiB: the context and NCCL, whatever the batch and the kernels."""
+    cases = [case for case in LLAMA_4_BIT if case.gpus == gpus]
+    measured = {
+        row.case.id: row.measured.bytes
+        for case in cases
+        for row in compare(case)
+        if row.measured.statistic == "device"
+    }
+
+    assert runs == len(measured)
+    for case in cases:
+        alone = Run(case, case.behaviour).replay.peak_reserved_bytes
+        assert planned == pytest.approx((measured[case.id] - alone) / GiB, abs=0.02)
+        ahead = reserved_with_ranks_ahead(case)
+        assert shown == pytest.approx((measured[case.id] - ahead) / GiB, abs=0.02)
 
 
 def tape_of(case: Case) -> Tape:
