@@ -48,6 +48,19 @@ class _Softmax(torch.autograd.Function):
         return torch._softmax_backward_data(gradients[0], weights, -1, weights.dtype)
 
 
+class _Linear(nn.Linear):
+    """
+    As torch 1.10 had it: of more than two dimensions a product, and a sum in place with the bias, whose gradient then
+    comes before those of the product (aten/src/ATen/native/Linear.cpp); today it is one operation, and comes after.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return super().forward(x)
+        out = F.linear(x, self.weight)
+        return out.add_(self.bias.to(out.dtype))
+
+
 class _Embeddings(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -73,7 +86,7 @@ class _Attention(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.heads, self.head_dim = sizes.heads, sizes.hidden // sizes.heads
-        self.query, self.key, self.value = (nn.Linear(sizes.hidden, sizes.hidden) for _ in range(3))
+        self.query, self.key, self.value = (_Linear(sizes.hidden, sizes.hidden) for _ in range(3))
         self.dropout = nn.Dropout(sizes.dropout)
 
     def _by_head(self, states: Tensor) -> Tensor:
@@ -99,7 +112,7 @@ class _Output(nn.Module):
 
     def __init__(self, width: int, sizes: Sizes) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, sizes.hidden)
+        self.dense = _Linear(width, sizes.hidden)
         self.LayerNorm = nn.LayerNorm(sizes.hidden, eps=1e-12)
         self.dropout = nn.Dropout(sizes.dropout)
 
@@ -114,7 +127,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.attention = _Attention(sizes)
         self.attention_output = _Output(sizes.hidden, sizes)
-        self.intermediate = nn.Linear(sizes.hidden, sizes.intermediate)
+        self.intermediate = _Linear(sizes.hidden, sizes.intermediate)
         self.output = _Output(sizes.intermediate, sizes)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -134,9 +147,9 @@ class Bert(nn.Module):
         self.checkpointing = checkpointing
         self.embeddings = _Embeddings(sizes)
         self.layer = nn.ModuleList(_Layer(sizes) for _ in range(sizes.layers))
-        self.pooler = nn.Linear(sizes.hidden, sizes.hidden)
+        self.pooler = _Linear(sizes.hidden, sizes.hidden)
         self.dropout = nn.Dropout(sizes.dropout)
-        self.classifier = nn.Linear(sizes.hidden, sizes.labels)
+        self.classifier = _Linear(sizes.hidden, sizes.labels)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         mask = torch.ones(ids.shape, device=ids.device)[:, None, None, :]

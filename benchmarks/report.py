@@ -272,10 +272,12 @@ def _standing_note(rows: Sequence[Row]) -> str:
         "Reserved memory of GPT-2 on a T4 (torch 2.11) is right to the byte: products with a bias run in cuBLASLt, for "
         "which torch 2.9 to 2.11 keeps 1 MiB beside cuBLAS's workspace, in a segment of 2 MiB. Without it the "
         "larger of the two would lack that segment.\n\n"
-        "Scripts, which are no jobs, are counted apart. Of the encoders among them those with 512 tokens are right "
-        "to the byte, those with 2048 are below. Of free blocks of one size torch takes that at the lowest address; "
-        "addresses are the driver's, where a replay counts upwards. MiB beside the measurement, as predicted and over "
-        f"{NUM_ORDERS} orders of the segments' addresses; what BERT holds beyond all of these was not found:\n\n"
+        "Scripts, which are no jobs, are counted apart. Of free blocks of one size torch takes that at the lowest "
+        "address. Scripts are replayed with addresses as the driver gives them (`benchmarks/drivers_order.py`): of "
+        "ranges of 32 MiB, each below the one before; jobs with addresses that count upwards. The encoders ran in one "
+        "process behind other models, which is replayed as a whole (`benchmarks/one_process.py`): with 512 tokens what "
+        "is allocated is right to the byte too. MiB beside the measurement, as predicted and, of the step in a process "
+        f"of its own, over {NUM_ORDERS} orders of the segments' addresses:\n\n"
         f"{table(('run', 'predicted', 'lowest', 'highest'), lines, 3)}"
     )
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.bert_2022 import classifier_step
+from benchmarks.drivers_order import DriversOrder
 from benchmarks.gpt_from_scratch import language_step
+from benchmarks.one_process import encoder, in_one_process
 from benchmarks.published import CONTEXT, HIGHEST, LOWEST, NUM_ORDERS, Case
+from benchmarks.script import Script
 from memplan.allocator import CachingAllocator
 from memplan.allocator.replay import follow
 from memplan.allocator.segments import Pool
@@ -32,14 +35,6 @@ from memplan.tracing.step_phases import StepPhases
 PLACE_BYTES = 1 << 34
 """Above that of any segment here."""
 NUM_PLACES = 1 << 10
-
-
-class Script(NamedTuple):
-    """A step, and what it trains."""
-
-    step: Callable[[], None]
-    models: dict[str, nn.Module]
-    optimizer: torch.optim.Optimizer | None = None
 
 
 class Shuffled(CachingAllocator):
@@ -59,13 +54,18 @@ class Shuffled(CachingAllocator):
 
 
 def trace_script(case: Case) -> dict[str, int]:
-    """Peaks over the scope of the case, by statistic; the reserved one also as the driver's addresses may have it."""
+    """
+    Peaks over the scope of the case, by statistic; the reserved one also as the driver's addresses may have it. Of a
+    model that was not the first of its process, beside those of the model alone, what the process had.
+    """
     steps, tape = trace_tape(case)
     settings = AllocatorSettings(expandable_segments=False)
     first = steps if case.scope == "second step" else 0
-    allocated, reserved = _peaks(CachingAllocator(settings), tape, first)
+    allocated, reserved = _peaks(DriversOrder(settings), tape, first)
     orders = [_peaks(Shuffled(settings, random.Random(seed)), tape, first)[1] for seed in range(NUM_ORDERS)]
     device = {"device": reserved + outside} if (outside := _outside_bytes(case)) else {}
+    if case.script["step"] == "encoder":
+        allocated, reserved = in_one_process(case)
     return {"allocated": allocated, "reserved": reserved, LOWEST: min(orders), HIGHEST: max(orders)} | device
 
 
@@ -103,29 +103,6 @@ def trace_tape(case: Case) -> tuple[int, Tape]:
     optimizers = [] if script.optimizer is None else [script.optimizer]
     trace = trace_run(run, script.models, optimizers, device="cuda", steps=steps, behaviour=case.behaviour)
     return steps, trace.tape.flatten()
-
-
-def encoder(model_type: str, batch: int, length: int) -> Script:
-    """torch-preflight, tests/calibration/measure_cuda.py, real_model_case: bfloat16 on a T4, which emulates it."""
-    from transformers import AutoConfig, AutoModel
-
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(model_type))
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    inputs: list[Tensor] = []
-
-    def step() -> None:
-        if not inputs:
-            inputs.append(torch.zeros(batch, length, dtype=torch.long, device="cuda"))
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            out = model(input_ids=inputs[0])
-            loss = out.last_hidden_state.float().pow(2).mean()
-        loss.backward()
-        optimizer.step()
-
-    return Script(step, {"": model}, optimizer)
 
 
 def head_and_loss(tokens: int, hidden: int, vocabulary: int, heads: int = 1, chunked: bool = False) -> Script:

@@ -31,26 +31,27 @@ def test_every_script_is_traced(rows: dict[tuple[str, str], Row]) -> None:
 
 
 def test_allocated_peaks(rows: dict[tuple[str, str], Row]) -> None:
-    """Heads and losses within 0.05 %, encoders within 0.3 %."""
+    """Heads and losses within 0.05 %, encoders within 0.1 %."""
     for (name, statistic), row in rows.items():
         if statistic == "allocated":
-            assert abs(row.error) < (0.003 if row.case.script["step"] == "encoder" else 0.0005), name
+            assert abs(row.error) < (0.001 if row.case.script["step"] == "encoder" else 0.0005), name
 
 
 def test_reserved_peaks_of_encoders(rows: dict[tuple[str, str], Row]) -> None:
     """
-    With 512 tokens to the byte, in whatever order the driver's addresses are; with 2048 within 3 %, and in another
-    order DistilBERT's is above the measurement, BERT's still 12 MiB below.
+    With 512 tokens to the byte, in whatever order the driver's addresses are, and what is allocated too; with 2048, in
+    the order that the driver has, DistilBERT's to the byte and BERT's 4 MiB above. Of a process of its own the
+    measurement is between what different orders give.
     """
     traced = load_traced_cases()["cases"]
-    for model in ("bert", "distilbert"):
+    for model, beyond in (("bert", 4 * MiB), ("distilbert", 0)):
         short = rows[f"preflight-{model}-base-uncased-b4-s128", "reserved"]
         assert short.measured.bytes == short.predicted_bytes
         assert {short.predicted_bytes} == {traced[short.case.id][which] for which in (LOWEST, HIGHEST)}
+        assert rows[short.case.id, "allocated"].error == 0
         long = rows[f"preflight-{model}-base-uncased-b8-s256", "reserved"]
-        assert -0.03 < long.error < 0
-        beyond = traced[long.case.id][HIGHEST] - long.measured.bytes
-        assert beyond > 0 if model == "distilbert" else beyond == -12 * MiB
+        assert beyond == long.predicted_bytes - long.measured.bytes
+        assert traced[long.case.id][LOWEST] < long.measured.bytes < traced[long.case.id][HIGHEST]
 
 
 def test_classifiers_of_2022(rows: dict[tuple[str, str], Row]) -> None:

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 import memplan
 from memplan.job.spec import Job
 from memplan.model import architecture_from_config
-from memplan.tape.liger import MULTIPROCESSORS
+from memplan.tape.multiprocessors import FULL_CHIPS
 from memplan.tape.tape import WrittenTape
 from memplan.tape.writer import write_tape
 
@@ -41,7 +41,7 @@ class Norm(Function):
         _, weight, _ = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return gradients[0], None
-        parts = torch.empty((MULTIPROCESSORS[8, 0], len(weight)), dtype=torch.float32, device=weight.device)
+        parts = torch.empty((FULL_CHIPS[8, 0], len(weight)), dtype=torch.float32, device=weight.device)
         return gradients[0], parts.sum(dim=0).to(weight.dtype)
 
 

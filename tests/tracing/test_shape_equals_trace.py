@@ -138,6 +138,11 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"method": "lora", "packing": True, "loop": "script"}),
     ("gemma", {"loop": "script", CKPT: "full", "attention": "eager"}),
     ("gemma", {"method": "lora", "gpu": "Tesla T4"}),
+    ("llama", {"max_seq_len": 1024, "gpu": "Tesla T4"}),
+    (
+        "gpt2",
+        {"micro_batch_size": 4, "max_seq_len": 512, "dtype": "float32", "autocast": "bfloat16", LOSS: 2},
+    ),
     ("gemma2", {"method": "qlora", "attention": "eager", "quantization__kbit_preparation": True}),
     ("gemma2", {"method": "lora", "attention": "eager", "loss": "chunked"}),
     ("gemma3", {"method": "lora", CKPT: "selective"}),
@@ -227,7 +232,7 @@ REAL = [
     ("mistral-7b-v0.3", {"method": "lora", "loop": "script", "max_seq_len": 2048}),
     ("qwen2.5-0.5b", {LOSS: 2, "attention": "eager", "max_seq_len": 512}),
     ("qwen3-8b", {"method": "npt", "max_seq_len": 1024}),
-    ("gpt2", {"max_seq_len": 1024, "dtype": "float32", "autocast": "bfloat16"}),
+    ("gpt2", {"micro_batch_size": 4, "max_seq_len": 512, "dtype": "float32", "autocast": "bfloat16"}),
     ("bert-base-uncased", {"max_seq_len": 512, "micro_batch_size": 8}),
 ]
 

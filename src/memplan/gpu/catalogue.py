@@ -34,6 +34,7 @@ class GpuProfile(NamedTuple):
     torch_total_bytes: int | None
     """Lowest total that torch was seen to report; None where no report was found."""
     compute_capability: tuple[int, int] | None
+    multiprocessors: int | None
     generation: str
     kind: str
     """`consumer`, `laptop`, `workstation`, `datacenter`, `mig` or `unified` (memory shared with the host)"""
@@ -113,6 +114,7 @@ def _profile(entry: dict[str, Any]) -> GpuProfile:
         memory_bytes=_mib(entry["memory_mib"]),
         torch_total_bytes=_mib(entry.get("torch_total_mib")),
         compute_capability=None if capability is None else _capability(capability),
+        multiprocessors=entry.get("multiprocessors"),
         generation=entry["generation"],
         kind=entry["class"],
         confidence=entry["confidence"],

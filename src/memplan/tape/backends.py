@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from memplan.errors import JobError
+from memplan.tape.multiprocessors import A100, Multiprocessors
 
 TORCH = (2, 13)
 """The version that is planned for where none is named."""
@@ -63,6 +64,7 @@ class Target:
     torch: tuple[int, ...] = TORCH
     wanted: str = "auto"
     """The job's `attention_kernel`."""
+    multiprocessors: Multiprocessors = A100
     kernels: set[str] = field(default_factory=set, compare=False)
     limited: set[str] = field(default_factory=set, compare=False)
     """Those of them that code chose among fewer kernels or in an order of its own, with `sdpa_kernel`."""

@@ -9,6 +9,7 @@ from typing import Any
 from memplan.job.spec import Job
 from memplan.tape.backends import AMPERE, TORCH, Target
 from memplan.tape.liger import FAMILIES as LIGER_FAMILIES
+from memplan.tape.multiprocessors import A100, Multiprocessors, multiprocessors
 from memplan.tape.sharding import SHARDED
 from memplan.tape.software import compute_capability, expert_masks, version_numbers
 from memplan.tape.zero_groups import zero_stage
@@ -194,6 +195,8 @@ class Behaviour:
     """
     compute_capability: tuple[int, int] = AMPERE
     """Of the card, which decides what sdpa's kernels take; that of an A100 where none is known."""
+    multiprocessors: Multiprocessors = A100
+    """Of the card, which decide into how many parts sums over rows are cut (tape/scratch.py, column_sum)."""
     torch: tuple[int, ...] = TORCH
     """The version of torch, which decides in what order sdpa tries its kernels (tape/backends.py)."""
     attention_kernel: str = "auto"
@@ -274,7 +277,9 @@ class Behaviour:
 
     def target(self, device: str) -> Target:
         """What chooses attention's kernel on `cuda` or `cpu`."""
-        return Target(device, self.compute_capability, self.torch, self.attention_kernel)
+        return Target(
+            device, self.compute_capability, self.torch, self.attention_kernel, self.multiprocessors
+        )
 
     @staticmethod
     def for_job(job: Job) -> Behaviour:
@@ -312,6 +317,7 @@ class Behaviour:
             and job.has_quantized_base
             and job.parallel.strategy in ("NO_SHARD", "ZERO_3"),
             compute_capability=capability,
+            multiprocessors=multiprocessors(job.gpu),
             attention_kernel=job.attention_kernel,
         )
 

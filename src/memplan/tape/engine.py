@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from heapq import heappop, heappush
+from math import prod
 from sys import getrefcount
 
 from memplan.tape.graph import Graph
-from memplan.tape.tensors import Gradients, Node, Parameter, Saved, Storage, Tensor
+from memplan.tape.scratch import column_sum
+from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Saved, Shape, Storage, Tensor
 
 
 def backward(g: Graph, loss: Tensor) -> None:
@@ -122,7 +124,7 @@ def _run(g: Graph, node: Node, gradients: dict[int, Tensor]) -> Gradients:
         shape, dtype = node.metadata[position]
         outputs[position] = None
         if output.shape != shape:
-            output = g.new(shape, output.dtype, "sum of grad")
+            output = _summed(g, output, shape)
         if output.dtype != dtype:
             columns = output.columns
             output = g.new(shape, dtype, "cast of grad", transposed=output.transposed)
@@ -133,6 +135,18 @@ def _run(g: Graph, node: Node, gradients: dict[int, Tensor]) -> Gradients:
         del gradients[slot]
     node.saved = None
     return outputs
+
+
+def _summed(g: Graph, gradient: Tensor, shape: Shape) -> Tensor:
+    """The gradient of what was broadcast (`at::sum_to`)."""
+    out = g.new(shape, gradient.dtype, "sum of grad")
+    is_matrix = gradient.shape[len(gradient.shape) - len(shape) :] == shape
+    if g.device == "cuda" and is_matrix and not gradient.transposed and not gradient.columns:
+        columns = prod(shape)
+        rows = prod(gradient.shape) // columns
+        parts = column_sum(rows, columns, ITEMSIZE[gradient.dtype], g.target.multiprocessors)
+        g.scratch(*parts, name="parts of the sum")
+    return out
 
 
 def _accumulate(g: Graph, previous: Tensor, output: Tensor) -> Tensor:

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from memplan.tape.graph import Graph
 from memplan.tape.modules import hooked
+from memplan.tape.multiprocessors import FULL_CHIPS
 from memplan.tape.ops import alias
 from memplan.tape.tensors import Gradients, Node, Tensor
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Whose blocks are planned with them (transformers/monkey_patch.py)."""
-
-MULTIPROCESSORS = {
-    (7, 0): 84, (7, 5): 72, (8, 0): 128, (8, 6): 84, (8, 9): 144, (9, 0): 144, (10, 0): 160, (12, 0): 192,
-}  # fmt: skip
-"""Those of the full chips of a compute capability (NVIDIA's architecture papers); cards have a few less."""
 
 
 @hooked
@@ -41,7 +37,7 @@ def _norm_backward(
     gradient = None
     if node.edges[1] is not None:
         width = weight.shape[0]
-        most = MULTIPROCESSORS.get(g.target.compute_capability, max(MULTIPROCESSORS.values()))
+        most = FULL_CHIPS.get(g.target.compute_capability, max(FULL_CHIPS.values()))
         parts = g.new((most, width), "float32", "parts of the weight's grad")
         gradient = g.new((width,), "float32", "grad of weight")
         if weight.dtype != "float32":

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from memplan.tape.multiprocessors import Multiprocessors
+
 
 class Source(NamedTuple):
     """What an operation takes inside, and how we know."""
@@ -91,6 +93,13 @@ SOURCES = {
         f"{_CUDA}ForeachReduceOp.cu",
         ("_foreach_norm",),
     ),
+    "column_sum": Source(
+        "sums over many rows, such as the gradient of a bias or of a norm's weight: parts of the sum for every thread, "
+        "more of them on cards with more multiprocessors",
+        "read",
+        f"{_CUDA}Reduce.cuh, setReduceConfig and global_memory_size",
+        ("sum", "mean"),
+    ),
     "adafactor": Source(
         "norm of the parameter, mean of its rows, norm of the update: a few elements each",
         "read",
@@ -164,7 +173,7 @@ SOURCES = {
         "unknown",
         f"{_TRANSFORMERS}attention_backward.cu, num_splits_key: an accumulator per split beyond the first",
     ),
-    "sums, maxima, top-k, histograms": Source(
+    "sums within rows, maxima, top-k, histograms": Source(
         "not counted", "unknown", f"{_CUDA}Reduce.cuh, TensorTopK.cu, SummaryOps.cu: a few MiB at most"
     ),
 }
@@ -176,6 +185,14 @@ SORT_SPILLS_ABOVE = 4096
 """Elements up to which a sort works in place."""
 NORM_CHUNK_ELEMENTS = 65536
 """Elements per partial sum of _foreach_norm."""
+
+
+_THREADS_OF_SUM = 512
+_WARP = 32
+_LEAST_VALUES, _MOST_VALUES = 16, 256
+"""Of one thread, where the rows of a sum are cut into parts."""
+_INDEXED_BYTES = 1 << 31
+"""From so many on, a kernel gets its tensor in pieces."""
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -267,6 +284,40 @@ def batched_operand(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: 
 def foreach_norm(num_tensors: int, largest_elements: int) -> list[int]:
     """Partial sums: as many per tensor as the largest one needs, in float32."""
     return [num_tensors * -(-largest_elements // NORM_CHUNK_ELEMENTS) * 4]
+
+
+def column_sum(rows: int, columns: int, itemsize: int, card: Multiprocessors) -> list[int]:
+    """
+    A sum over the rows of a contiguous matrix of floats: where threads would have more than 256 values each, blocks
+    share a column. The parts are meant to be one per column and block; torch takes as many for each of the threads and
+    of the columns that they load at once.
+
+    >>> column_sum(2048, 768, 2, Multiprocessors(40, 1024)), column_sum(512, 768, 2, Multiprocessors(40, 1024))
+    ([12582912, 24], [])
+    """
+    while rows * columns * itemsize >= _INDEXED_BYTES and rows > 1:
+        rows = -(-rows // 2)
+    vector = 4
+    while columns % vector:
+        vector //= 2
+    most = _THREADS_OF_SUM // vector
+    across, along = _power_of_two(columns // vector, most), _power_of_two(rows, most)
+    height = min(along, most // min(across, _WARP))
+    width = min(across, most // height)
+    if rows < min(height * _LEAST_VALUES, _MOST_VALUES):
+        return []
+    values = -(-rows // height)
+    blocks = -(-(columns // vector) // width)
+    wanted = card.number * (card.threads // (width * height))
+    if values < _MOST_VALUES or blocks > wanted:
+        return []
+    parts = max(min(-(-wanted // blocks), -(-values // _LEAST_VALUES)), -(-values // _MOST_VALUES))
+    return [max(4, itemsize) * columns * parts * width * vector, 4 * blocks] if parts > 1 else []
+
+
+def _power_of_two(value: int, most: int) -> int:
+    """The last one that is not above the value, and no more than `most`."""
+    return min(most, 1 << (value.bit_length() - 1))
 
 
 def adafactor(itemsize: int, rows: int = 1) -> list[int]:

@@ -32,6 +32,7 @@ def recorder_for(behaviour: Behaviour, device: str) -> Recorder:
         workspace_bytes=behaviour.cublas_workspace_bytes if on_gpu else 0,
         bias_workspace_bytes=behaviour.cublaslt_workspace_bytes if on_gpu else 0,
         kernel_scratch=on_gpu,
+        multiprocessors=behaviour.multiprocessors,
     )
 
 

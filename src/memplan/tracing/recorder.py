@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memplan.tape.multiprocessors import A100, Multiprocessors
 from memplan.tracing.replaced import replaced
-from memplan.tracing.scratch import ON_ANY_DEVICE, SCRATCH
+from memplan.tracing.scratch import scratch_of
 from memplan.tracing.shadow import Shadows
 from memplan.tracing.specs import outputs
 from memplan.tracing.storages import Storages
@@ -61,6 +62,7 @@ class Recorder(Storages, TorchDispatchMode):
         workspace_bytes: of cuBLAS, per thread; 0 for a CPU.
         bias_workspace_bytes: of cuBLASLt, which runs products with a bias, per thread; 0 where it has none of its own.
         kernel_scratch: count the memory that CUDA kernels take inside operations.
+        multiprocessors: those of the card.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Recorder(Storages, TorchDispatchMode):
         workspace_bytes: int = 0,
         bias_workspace_bytes: int = 0,
         kernel_scratch: bool = True,
+        multiprocessors: Multiprocessors = A100,
     ) -> None:
         TorchDispatchMode.__init__(self)
         Storages.__init__(self, device_type)
@@ -79,6 +82,7 @@ class Recorder(Storages, TorchDispatchMode):
         self.workspace_bytes = workspace_bytes
         self.bias_workspace_bytes = bias_workspace_bytes
         self.kernel_scratch = kernel_scratch
+        self.multiprocessors = multiprocessors
         self.unknown_values = 0
         """How often code asked for a value that meta tensors have not: the answer was 1."""
         self.unknown_outside = 0
@@ -159,7 +163,7 @@ class Recorder(Storages, TorchDispatchMode):
             name=name,
             fresh=any(result.alias_info is None for result in func._schema.returns),
             handler=self.handlers.get(name),
-            scratch=SCRATCH.get(name) if self.kernel_scratch or name in ON_ANY_DEVICE else None,
+            scratch=scratch_of(name, self.multiprocessors if self.kernel_scratch else None),
             is_conversion=name == "aten::to",
             is_product=name in PRODUCTS,
             is_pure=self.device_type == "meta" and _is_pure(func._schema),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memplan.tape import scratch
+from memplan.tape.multiprocessors import Multiprocessors
 
 
 def _num_bytes(tensor: Tensor) -> int:
@@ -79,6 +82,19 @@ def _product(*operands: Any, **_: Any) -> list[int]:
     ]
 
 
+def _column_sum(card: Multiprocessors, tensor: Tensor, dims: Any = None, *_: Any, **__: Any) -> list[int]:
+    """Where all that is added up comes first, so that the tensor is a matrix whose rows are."""
+    if not dims or not tensor.is_floating_point() or not tensor.is_contiguous() or not tensor.numel():
+        return []
+    added = {dim % tensor.dim() for dim in ([dims] if isinstance(dims, int) else dims)}
+    if added != set(range(len(added))):
+        return []
+    rows = prod(tensor.shape[: len(added)])
+    return scratch.column_sum(rows, tensor.numel() // rows, tensor.element_size(), card)
+
+
+SUMS = ("aten::sum", "aten::mean")
+
 SCRATCH: dict[str, Callable[..., list[int]]] = {
     "aten::_softmax_backward_data": _softmax_backward,
     "aten::embedding_dense_backward": _embedding_backward,
@@ -97,3 +113,18 @@ SCRATCH: dict[str, Callable[..., list[int]]] = {
 
 ON_ANY_DEVICE = ("aten::sum", "aten::cumsum")
 """Not CUDA's kernels, but what comes before them."""
+
+
+def scratch_of(operator: str, card: Multiprocessors | None) -> Callable[..., list[int]] | None:
+    """What gives the bytes that a call of this operator takes inside, on this CUDA card or on no such one."""
+    before = SCRATCH.get(operator)
+    if card is None:
+        return before if operator in ON_ANY_DEVICE else None
+    return partial(_summed, card, before) if operator in SUMS else before
+
+
+def _summed(
+    card: Multiprocessors, before: Callable[..., list[int]] | None, *args: Any, **kwargs: Any
+) -> list[int]:
+    """A conversion, and parts of the sum."""
+    return [*(before(*args, **kwargs) if before else ()), *_column_sum(card, *args, **kwargs)]
