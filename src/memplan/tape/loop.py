@@ -11,6 +11,7 @@ from math import prod
 
 from memplan.errors import JobError
 from memplan.job.spec import Job
+from memplan.tape.batches import Batches
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import backward
 from memplan.tape.fsdp2_accelerate import head_begins, head_ends
@@ -23,7 +24,6 @@ from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.parts import Model
 from memplan.tape.programs import Settings, decoder
 from memplan.tape.programs import logits as logits_of
-from memplan.tape.scratch import cast_to_sum
 from memplan.tape.sharding import whole_root
 from memplan.tape.tensors import Tensor
 from memplan.tape.trl_head import Outputs, trl_forward, trl_loss
@@ -69,15 +69,12 @@ class Loop:
         self.num_converted = num_converted
         """Blocks of the whole model that have become NPT blocks."""
         self.settings = Settings(job.attention, behaviour, offload_inputs=job.activation_offload)
-        self.packed = job.packing and job.loop == "memplan"
-        self.batch: tuple[Tensor, ...] = ()
-        self.batches: list[tuple[Tensor, ...]] = []
+        self.batches = Batches(g, job, model.architecture, behaviour, self.settings)
         self.output: list[Tensor] = []
         self.metrics: list[Tensor] = []
         self.held_cache: list[tuple[int, Tensor]] = []
         self.held_attributes: Attributes = []
         """What the graph of the loss that is held has beside what it saved."""
-        self.num_tokens: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
         """What the Trainer keeps to log: the running loss, and the last one."""
 
@@ -100,7 +97,7 @@ class Loop:
             length = self.behaviour.first_length if number == 1 else None
             length = length or self.job.max_seq_len
             self.g.begin(f"forward {number}.{micro}")
-            self.load_batch(micro, length)
+            self.batches.load(micro, length)
             if self.model.buckets is not None and micro == 1:  # the first after gradients were reduced
                 self.model.buckets.rebuild()
             loss = self.forward(f"{number}.{micro}")
@@ -123,7 +120,7 @@ class Loop:
                 del loss
                 self.g.free_attributes(self.g.attributes, f"{number}.{micro}")
             if is_own:
-                self.batch, self.settings.position_ids = (), None
+                self.batches.drop()
         self.add_up_gradients(number)
         self.metrics = []
         del total
@@ -165,11 +162,13 @@ class Loop:
         self.g.training = False
         with self.g.no_grad():
             self.g.begin(f"forward evaluation {number}")
-            self.batch = self.new_batch(self.job.max_seq_len)
+            self.batches.current = self.batches.new(self.job.max_seq_len)
             if self.job.method == "npt":
                 from memplan.tape.npt import evaluate
 
-                evaluate(self.g, self.model, self.batch, self.job, self.settings, self.num_converted)
+                evaluate(
+                    self.g, self.model, self.batches.current, self.job, self.settings, self.num_converted
+                )
             else:
                 self.forward(f"evaluation {number}")
         self.g.leave_autocast()
@@ -189,82 +188,9 @@ class Loop:
             kept.pop()
         self.g.enter(None)
 
-    def load_batch(self, micro: int, length: int) -> None:
-        """Micro batch number `micro` of a step takes the place of the one before."""
-        if not self.behaviour.prefetch:
-            self.batch = self.new_batch(length)
-            return
-        if micro == 1:
-            self.settings.position_ids = None  # which the batches hold
-            batches = [self.new_batch(length) for _ in range(self.job.gradient_accumulation_steps)]
-            tokens = self.count_tokens([labels for *_, labels in batches])
-            self.batches = batches
-            self.num_tokens = tokens
-        self.batch = self.batches[micro - 1]
-        if self.job.padding_free:
-            self.settings.position_ids = self.batch[1]
-
-    def count_tokens(self, batches: list[Tensor]) -> Tensor | None:
-        """
-        The Trainer counts the labels of a step, in the batches as they are (trainer.py, _get_num_items_in_batch): from
-        the second position on where transformers knows by the model's class that its loss shifts them.
-        """
-        g, architecture = self.g, self.model.architecture
-        shifts = not architecture.is_encoder and architecture.family != "gpt2"  # GPT2LMHeadModel
-        total: Tensor | None = None
-        for labels in batches:
-            rows, length = labels.shape
-            counted = g.new((rows, length - shifts), "bool", "targets", "inputs")
-            if not self.behaviour.trainer_scalars:
-                g.scratch(*cast_to_sum(prod(counted.shape)), name="sum")
-                del counted
-                continue
-            tokens = g.new((), "int64", "targets of a batch", "inputs")
-            g.scratch(*cast_to_sum(prod(counted.shape)), name="sum")
-            del counted
-            total = g.new((), "int64", "targets so far", "inputs")
-            del tokens
-        if total is None or not self.behaviour.divides_tokens:
-            return total
-        return g.new((), "float32", "targets of a step", "inputs")
-
-    def new_batch(self, length: int) -> tuple[Tensor, ...]:
-        """Ids on the device, the collator's mask or the positions where rows are packed, and last the labels."""
-        g, job = self.g, self.job
-        shape = (job.micro_batch_size, length)
-        if job.padding_free:
-            return self.new_row(prod(shape))
-        if self.packed and job.attention == "flash_attention_2":
-            shape = (1, prod(shape))  # the trainer hands it all documents in one row (train/data.py, flatten)
-        ids = g.new(shape, "int64", "input ids", "inputs")
-        if self.behaviour.mask_in_batch:
-            mask = g.new(shape, "int64", "attention mask", "inputs")
-            return ids, mask, g.new(shape, "int64", "labels", "inputs")
-        labels = g.new(shape, "int64", "labels", "inputs")
-        if self.packed:
-            self.settings.position_ids = g.new(shape, "int64", "position ids", "inputs")
-        return ids, labels
-
-    def new_row(self, length: int) -> tuple[Tensor, ...]:
-        """
-        A micro batch as one row with positions, as transformers' DataCollatorWithFlattening makes it; TRL's has the
-        beginnings of its documents besides, twice, and every token's document, in int32.
-        """
-        g, shape = self.g, (1, length)
-        ids = g.new(shape, "int64", "input ids", "inputs")
-        labels = g.new(shape, "int64", "labels", "inputs")
-        positions = g.new(shape, "int64", "position ids", "inputs")
-        if not self.behaviour.starts_in_batch:
-            return ids, positions, labels
-        starts = [
-            g.new((self.job.micro_batch_size + 1,), "int32", "beginnings of documents", "inputs")
-            for _ in range(2)
-        ]
-        return ids, positions, *starts, g.new(shape, "int32", "documents", "inputs"), labels
-
     def forward(self, label: str) -> Tensor | None:
         g, job = self.g, self.job
-        ids, *_, labels = self.batch
+        ids, *_, labels = self.batches.current
         self.settings.cache = []
         loss = None
         with whole_root(g):
