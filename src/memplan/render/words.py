@@ -90,6 +90,8 @@ def job_phrase(job: Job) -> str:
     method = METHOD_NAMES[job.method]
     if job.method in ("lora", "qlora"):
         method += f" of rank {job.lora.rank}"
+    if job.method == "qlora":
+        method += f" ({job.quantization.type})"
     size = f"{job.micro_batch_size} x {job.max_seq_len} tokens"
     if job.gradient_accumulation_steps > 1:
         size += f" ({job.gradient_accumulation_steps} times a step)"
