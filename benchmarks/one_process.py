@@ -22,7 +22,8 @@ from benchmarks.drivers_order import DriversOrder
 from benchmarks.published import Case
 from benchmarks.script import Script
 from memplan.job.spec import AllocatorSettings
-from memplan.tape.behaviour import CUBLAS_WORKSPACE_BYTES, Behaviour
+from memplan.tape.behaviour import Behaviour
+from memplan.tape.software import CUBLAS_WORKSPACE_BYTES
 from memplan.tape.tape import FlatTape
 from memplan.tracing.recorder import Recorder
 from memplan.tracing.step import trace_run

@@ -31,7 +31,7 @@ from typing import Any
 from memplan.allocator import CachingAllocator
 from memplan.job.spec import AllocatorSettings
 from memplan.model.resolve import resolve_config
-from memplan.tape.behaviour import CUBLAS_WORKSPACE_BYTES
+from memplan.tape.software import CUBLAS_WORKSPACE_BYTES
 from memplan.units import GiB
 
 DATA = Path(__file__).parent / "data"

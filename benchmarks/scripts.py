@@ -26,7 +26,7 @@ from memplan.allocator import CachingAllocator
 from memplan.allocator.replay import follow
 from memplan.allocator.segments import Pool
 from memplan.job.spec import AllocatorSettings
-from memplan.tape.behaviour import CUBLAS_WORKSPACE_BYTES
+from memplan.tape.software import CUBLAS_WORKSPACE_BYTES
 from memplan.tape.tape import Tape
 from memplan.tracing.recorder import Recorder
 from memplan.tracing.step import trace_run

@@ -73,6 +73,12 @@ def agreeing(job: Job) -> Job:
         or job.parallel.strategy not in ("NO_SHARD", "ZERO_1", "ZERO_2")
     ):
         changes["quantization.type"] = "fp4"
+    if (
+        job.activation_checkpointing == "selective"
+        or job.activation_offload
+        or job.parallel.strategy not in ("NO_SHARD", "ZERO_1", "ZERO_2")
+    ):
+        changes["use_reentrant"] = False
     if job.quantization.storage != job.autocast:
         changes["quantization.storage"] = "uint8"
     if job.method == "npt" and needs_blocks:

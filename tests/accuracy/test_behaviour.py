@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 
 from memplan.job.spec import Job, Parallel, Quantization
-from memplan.tape.behaviour import (
+from memplan.tape.behaviour import KERNELS, Behaviour
+from memplan.tape.software import (
     CUBLAS_WORKSPACE_BYTES,
     CUBLAS_WORKSPACE_BYTES_HOPPER,
-    KERNELS,
-    Behaviour,
+    version_numbers,
 )
-from memplan.tape.software import version_numbers
 
 TRAINER = Job(
     model="x",

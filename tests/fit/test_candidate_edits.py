@@ -232,6 +232,20 @@ def test_an_8_bit_base_has_4_bits_left_and_is_not_sharded():
     ].set
 
 
+def test_checkpoints_of_an_8_bit_base_are_reentrant_where_a_loop_has_such():
+    """Others hold the inputs of its layers all the same; our own loop has no others."""
+    job = JOB.replace(method="qlora", activation_checkpointing="none", **{"quantization.type": "int8"})
+    trainer = job.replace(loop="hf_trainer")
+
+    assert {"activation_checkpointing": "full"} == edits(job)["full checkpointing"].set
+    full = edits(trainer)["full checkpointing"].set
+    assert {"activation_checkpointing": "full", "use_reentrant": True} == full
+    checkpointed = trainer.replace(activation_checkpointing="full")
+    assert {"use_reentrant": True} == edits(checkpointed)["reentrant checkpointing"].set
+    assert "reentrant checkpointing" not in edits(checkpointed.replace(use_reentrant=True))
+    assert not [name for name in edits(trainer.replace(**full)) if "activation" in name]
+
+
 def test_a_4_bit_base_is_sharded_by_what_it_is_stored_in():
     """accelerate's FSDP2 shards no bytes; our own does."""
     job = JOB.replace(method="qlora", loop="hf_trainer", **{"parallel.dp_replicate": 4})

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import BitsAndBytesConfig, Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
 from hf.tiny_trainers import LENGTH, arguments, collate, config, lora, model, rows, trainer
 from memplan.errors import DataError, JobError, TraceError, UnknownModel
@@ -146,8 +147,8 @@ def test_flash_attention_is_traced_as_it_is_planned(tmp_path: Path) -> None:
         ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha`"),
         ({"optim_args": "amsgrad=True"}, "`optim_args`"),
         (
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            "`use_reentrant: True`",
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}},
+            "`selective: True`",
         ),
     ],
 )
@@ -194,6 +195,49 @@ def test_what_4_bit_weights_are_stored_in_is_read() -> None:
     reading = Reading()
     read_model(reading, quantized, lora())
     assert reading.unknown == ["blocks that differ: `model.layers.1.mlp` stays in 16 bits"]
+
+
+def test_an_8_bit_model_is_planned_as_it_is_traced(tmp_path: Path) -> None:
+    """As transformers has loaded it and peft prepared it, which switches on checkpoints unless it is told not to."""
+    model().save_pretrained(tmp_path / "saved")
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", quantization_config=quantization, dtype=torch.bfloat16
+    )
+    prepared = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
+    given = get_peft_model(prepared, lora())
+
+    for reentrant in (False, True):
+        kwargs = {"use_reentrant": reentrant}
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs, "bf16": True}
+        planned, traced = (
+            preflight(trainer(tmp_path, given, **options), engine=engine) for engine in ("auto", "trace")
+        )
+        job = planned.result.job
+        assert planned.reasons == () and job is not None
+        assert ("qlora", "int8", True, reentrant) == (
+            job.method,
+            job.quantization.type,
+            job.quantization.kbit_preparation,
+            job.use_reentrant,
+        )
+        assert planned.result.peak.allocated_bytes == pytest.approx(
+            traced.result.peak.allocated_bytes, rel=0.002
+        )
+    given.base_model.model.gradient_checkpointing_disable()
+    assert preflight(trainer(tmp_path, given)).reasons == ()
+    given.base_model.model.gradient_checkpointing_enable({"use_reentrant": True})
+    reasons = preflight(trainer(tmp_path, given)).reasons
+    assert reasons == ("a model that is set to checkpoint its blocks, as peft's preparation does it",)
+
+
+def test_8_bits_without_a_threshold_are_not_planned() -> None:
+    """Then no outliers are looked for, which takes memory too."""
+    quantized = config()
+    quantized.quantization_config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    reading = Reading()
+    read_model(reading, quantized, lora())
+    assert reading.unknown == ["`llm_int8_threshold: 0.0`"]
 
 
 def test_a_model_that_is_not_what_its_config_says_is_traced(tmp_path: Path) -> None:

@@ -165,17 +165,16 @@ def test_trls_words(more: dict[str, Any], field: str, value: Any):
 
 
 def test_what_trl_sft_does_not_plan():
-    """Layers that peft chooses, offload of all activations, 8 bits, and a launcher of one's own."""
+    """Layers that peft chooses, offload of all activations, and a launcher of one's own."""
     more = {
         "use_peft": True,
         "activation_offloading": True,
-        "load_in_8bit": True,
         "accelerate_config": "my.yaml",
     }
     message = refusal(TRL | more).message
     assert "there is no file `my.yaml`" in message
 
-    assert "asks for 4 things" in message
+    assert "asks for 3 things" in message
     assert (
         "FULL_SHARD"
         == read(TRL | {"accelerate_config": "fsdp2"}, "parallel.dp_shard=2").job.parallel.strategy
@@ -240,7 +239,7 @@ def test_axolotls_words(more: dict[str, Any], field: str, value: Any):
         ({"lora_target_linear": None}, "`lora_target_modules` is missing", "lora.target_modules=all-linear"),
         ({"peft_layers_to_transform": [0, 1]}, "`peft_layers_to_transform` is not planned here", None),
         ({"lora_exclude_modules": ["q_proj"]}, "`lora_exclude_modules` is not planned", None),
-        ({"load_in_8bit": True}, "a base in 8 bits", "method=lora"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "a base in 8 bits", "method=lora"),
         ({"adapter": "llama-adapter"}, "`adapter: llama-adapter`", "method=lora"),
         ({"lora_rank_pattern": {"q": 2}}, "`lora_rank_pattern` is not planned", None),
         ({"deepspeed": "no/zero3.json"}, "`no/zero3.json` are not there", "parallel.strategy=NO_SHARD"),

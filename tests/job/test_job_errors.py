@@ -45,6 +45,11 @@ BAD_LINES = [
         "is not sharded, which `parallel.strategy: ZERO_3` asks for",
         "`parallel.strategy: NO_SHARD` with `parallel.dp_replicate`",
     ),
+    (
+        "use_reentrant: true\nactivation_checkpointing: selective\nloop: script",
+        "`use_reentrant` is not planned with `activation_checkpointing: selective`",
+        "leave `use_reentrant` out",
+    ),
     ("load_in_8bit: true\noffload: {params: true}", "which `offload.params` asks for", "`quantization.type: nf4`"),
     (
         "quantization: {type: int8}\nmethod: npt\nnpt: {quantized_base: true}",

@@ -25,6 +25,7 @@ from tracing.tiny import CONFIGS, job
 
 SAVED, BOTH = "lora__modules_to_save", ["embed_tokens", "lm_head"]
 BYTES = {"method": "qlora", "quantization__type": "int8"}
+REENTRANT = {"loop": "hf_trainer", "activation_checkpointing": "full", "use_reentrant": True}
 CKPT, LOSS, HEADS = "activation_checkpointing", "gradient_accumulation_steps", "lora__target_modules"
 
 MATERIALISED = {"method": "npt", "npt__rank": 4, "npt__form": "materialised"}
@@ -130,6 +131,9 @@ GRID: list[tuple[str, dict[str, Any]]] = [
         "granite, biased",
         BYTES | {"loop": "hf_trainer", CKPT: "selective", "quantization__kbit_preparation": True},
     ),
+    ("llama", BYTES | REENTRANT | {"quantization__kbit_preparation": True, "autocast": "bfloat16", LOSS: 2}),
+    ("gpt2", BYTES | REENTRANT | {"dtype": "float32", "autocast": "bfloat16"}),
+    ("llama", REENTRANT | {"method": "lora"}),
     ("llama, wide heads", {}),
     (
         "qwen2",
@@ -208,6 +212,7 @@ GRID: list[tuple[str, dict[str, Any]]] = [
 
 NEARLY: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"optimizer": "adafactor", "optimizer_kernel": "foreach"}),
+    ("llama", BYTES | REENTRANT | {"loop": "script"}),
     ("llama", {"method": "npt", "npt__rank": 4, "npt__objective": "end_to_end"}),
     (
         "llama",

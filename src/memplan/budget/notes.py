@@ -84,6 +84,7 @@ def quantization_notes(job: Job, behaviour: Behaviour) -> tuple[str, ...]:
         notes.append(
             "bitsandbytes keeps the input of an 8-bit layer where checkpointing does not see it: until backward has "
             "ended, those of all layers are held, recomputed or not"
+            + ("" if job.loop == "memplan" else "; `use_reentrant: true` holds none")
         )
     return tuple(notes)
 

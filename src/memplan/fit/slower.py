@@ -68,20 +68,26 @@ def activations(job: Job, architecture: Architecture | Outline) -> Dimension | N
     }
     offload = "keep the inputs of checkpointed blocks in host memory"
     current = job.activation_checkpointing
+    # Only reentrant checkpoints drop the inputs of 8-bit layers (tape/quantized.py).
+    lacks_reentrant = job.has_8bit_base and job.loop != "memplan" and not job.use_reentrant
     edits = []
+    if lacks_reentrant and current == "full" and not job.activation_offload:
+        summary = "reentrant checkpoints: they keep no inputs of 8-bit layers"
+        edits.append(Edit("reentrant checkpointing", {"use_reentrant": True}, summary))
     for level, summary in summaries.items():
         slowdown = (1 + recomputed[level] * added) / (1 + recomputed[current] * added)
         if recomputed[level] > recomputed[current]:
             edits.append(
                 Edit(
                     f"{level} checkpointing",
-                    {"activation_checkpointing": level},
+                    {"activation_checkpointing": level}
+                    | ({"use_reentrant": True} if lacks_reentrant and level == "full" else {}),
                     summary,
                     tier=1,
                     slowdown=round(slowdown, 4),
                 )
             )
-    if not job.activation_offload:
+    if not job.activation_offload and not (lacks_reentrant or (job.use_reentrant and job.loop != "memplan")):
         settings: dict[str, Any] = {"activation_offload": True}
         slowdown = costs.ACTIVATION_OFFLOAD_SLOWDOWN
         if edits:
@@ -92,7 +98,7 @@ def activations(job: Job, architecture: Architecture | Outline) -> Dimension | N
             Edit("activation offload", settings, offload, 1, round(slowdown, 4), num_changes=len(settings))
         )
     piles_up = job.method == "full" and job.gradient_accumulation_steps == 1
-    is_ordered = architecture.num_hidden_layers >= _MIN_BLOCKS and not piles_up
+    is_ordered = architecture.num_hidden_layers >= _MIN_BLOCKS and not piles_up and not lacks_reentrant
     return dimension("activations", edits, chain=is_ordered)
 
 

@@ -111,7 +111,10 @@ def training_arguments(
             "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         )
         options[checkpointing] = True
-        if _offloads(job):
-            options[f"{checkpointing}_kwargs"] = {"offload": True}
+        kwargs = {"offload": True} if _offloads(job) else {}
+        if job.use_reentrant:
+            kwargs["use_reentrant"] = True
+        if kwargs:
+            options[f"{checkpointing}_kwargs"] = kwargs
     options |= more
     return kind(**{name: value for name, value in options.items() if name in known})

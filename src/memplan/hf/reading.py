@@ -124,6 +124,8 @@ def _read_checkpointing(reading: Reading, args: Any) -> None:
     reading.fields["activation_checkpointing"] = "full"
     if options.pop("offload", None):
         reading.fields["activation_offload"] = True
+    if options.get("use_reentrant") and getattr(args, "world_size", 1) == 1:
+        reading.fields["use_reentrant"] = options.pop("use_reentrant")
     plain = {"use_reentrant": False, "every_n_layers": 1, "selective": False}
     reading.unknown += [
         f"activation checkpointing with `{name}: {value}`"
@@ -222,6 +224,12 @@ def read_model(reading: Reading, model: Any, peft_config: Any = None) -> dict[st
     if model is not config:
         described.pop("dtype", None)  # what it was loaded in, not what it is stored in
         _read_parameters(reading, model, has_adapters=bool(adapters) and peft_config is None)
+        if getattr(model, "is_gradient_checkpointing", False) and not reading.fields.get(
+            "activation_checkpointing"
+        ):
+            reading.unknown.append(
+                "a model that is set to checkpoint its blocks, as peft's preparation does it"
+            )
         if has_other_head(class_of(model)):
             reading.unknown.append(f"a {class_of(model)}")
     elif getattr(config, "dtype", None) is not None:

@@ -34,6 +34,7 @@ def check_job(job: Job) -> list[Conflict]:
         _check_npt_loop,
         _check_kernels,
         _check_flash_attention,
+        _check_reentrant,
         _check_offload,
         _check_npt_layers,
         _check_npt_objective,
@@ -94,6 +95,10 @@ def notes_on(job: Job, given: Collection[str]) -> tuple[str, ...]:
         notes.append(f"{listed(idle, 'and')} {has} no effect with `quantization.type: int8`")
     elif job.loop == "memplan" and job.has_quantized_base and "quantization.storage" in given:
         notes.append("`quantization.storage` has no effect with `loop: memplan`, which shards bytes as well")
+    runs_once = job.loop == "memplan" or job.activation_checkpointing == "none"
+    if job.use_reentrant and runs_once and "use_reentrant" in given:
+        where = "in memplan's own loop" if job.loop == "memplan" else "without `activation_checkpointing`"
+        notes.append(f"`use_reentrant` has no effect {where}")
     if job.attention_kernel != "auto" and job.attention != "sdpa":
         notes.append(f"`attention_kernel` has no effect with `attention: {job.attention}`")
     if job.activation_offload and job.activation_checkpointing == "none":
@@ -142,6 +147,27 @@ def _check_kernels(job: Job) -> Iterator[Conflict]:
             "`kernels: liger` is for models that Liger has changed, which memplan's own loop does not run",
             "set `loop: hf_trainer`, or `loss: fused` alone, which it runs",
         )
+
+
+def _check_reentrant(job: Job) -> Iterator[Conflict]:
+    if not job.use_reentrant or job.loop == "memplan" or job.activation_checkpointing == "none":
+        return
+    not_planned = [
+        ("activation_checkpointing", "selective", job.activation_checkpointing == "selective"),
+        ("activation_offload", "true", job.activation_offload),
+        (
+            "parallel.strategy",
+            job.parallel.strategy,
+            job.parallel.strategy not in ("NO_SHARD", "ZERO_1", "ZERO_2"),
+        ),
+    ]
+    for field, value, is_set in not_planned:
+        if is_set:
+            yield Conflict(
+                ("use_reentrant", field),
+                f"`use_reentrant` is not planned with `{field}: {value}`",
+                "leave `use_reentrant` out, which plans transformers' default, or set that to something else",
+            )
 
 
 def _check_flash_attention(job: Job) -> Iterator[Conflict]:

@@ -68,6 +68,10 @@ class Job:
     activation_checkpointing: str = setting(
         "none", "Recompute blocks in backward (gradient checkpointing)", choices=("none", "selective", "full")
     )
+    use_reentrant: bool = setting(
+        False,
+        "torch's older checkpointing, in `loop: hf_trainer` and `script`: a block runs without a graph until backward",
+    )
     activation_offload: bool = setting(False, "Keep checkpointed block inputs in host memory")
     attention: str = setting(
         "sdpa", "Attention implementation", choices=("eager", "sdpa", "flash_attention_2")

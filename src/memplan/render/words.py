@@ -87,7 +87,7 @@ def job_phrase(job: Job) -> str:
     >>> job_phrase(Job(model="gpt2", micro_batch_size=4, gradient_accumulation_steps=2))
     'LoRA of rank 16 on gpt2 in bfloat16, 4 x 2048 tokens (2 times a step), no checkpointing, adamw, 1 GPU'
     """
-    method = METHOD_NAMES[job.method]
+    method = METHOD_NAMES["lora" if job.has_8bit_base else job.method]
     if job.method in ("lora", "qlora"):
         method += f" of rank {job.lora.rank}"
     if job.method == "qlora":
@@ -98,7 +98,7 @@ def job_phrase(job: Job) -> str:
     checkpointing = "no" if job.activation_checkpointing == "none" else job.activation_checkpointing
     return ", ".join(
         (
-            f"{method} on {job.model} in {job.dtype}",
+            f"{method} on {job.model} in {'8 bits and ' if job.has_8bit_base else ''}{job.dtype}",
             *([f"autocast to {job.autocast}"] if job.autocast else []),
             size,
             f"{checkpointing} checkpointing",

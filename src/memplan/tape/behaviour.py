@@ -11,14 +11,14 @@ from memplan.tape.backends import AMPERE, TORCH, Target
 from memplan.tape.liger import FAMILIES as LIGER_FAMILIES
 from memplan.tape.multiprocessors import A100, Multiprocessors, multiprocessors
 from memplan.tape.sharding import SHARDED
-from memplan.tape.software import compute_capability, expert_masks, version_numbers
+from memplan.tape.software import (
+    compute_capability,
+    cublas_workspace,
+    cublaslt_workspace,
+    expert_masks,
+    version_numbers,
+)
 from memplan.tape.zero_groups import zero_stage
-
-CUBLAS_WORKSPACE_BYTES = 8_519_680
-"""Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (ATen/cuda/CublasHandlePool.cpp)."""
-CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
-"""On Hopper, and on Blackwell since torch 2.12."""
-CUBLASLT_WORKSPACE_BYTES = 1 << 20
 
 TRANSFORMERS = "5.23.0"
 """The version that the programs follow."""
@@ -72,7 +72,10 @@ class Behaviour:
     input_gradients: bool = False
     """enable_input_require_grads, which peft's and TRL's recipes call for checkpointing."""
     reentrant: bool = False
-    """Checkpointing with use_reentrant=True: transformers' default before 5 (modeling_utils.py)."""
+    """
+    Checkpointing with use_reentrant=True: transformers' default before 5 (modeling_utils.py), and what a script or a
+    trainer may ask for.
+    """
     accelerate_fsdp2: bool = False
     """
     FSDP2 as accelerate sets it up (tape/fsdp2_accelerate.py), which transformers' Trainer uses since 5
@@ -249,31 +252,13 @@ class Behaviour:
 
     @property
     def cublas_workspace_bytes(self) -> int:
-        """
-        What cuBLAS keeps per handle and stream: 32 MiB on sm90, since torch 2.12 on sm10x and sm12x as well
-        (pytorch#175344), and since 2.14 on sm11x (ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize; read off
-        the libraries of 2.11 to 2.15). From 2.15 on each product takes it and gives it back (pytorch#194311), which is
-        not planned: plans count what was kept before, and so no less. Up to 1.12 cuBLAS took it from the driver, not
-        from torch's allocator (pytorch#85292).
-        """
-        if () < self.torch < (1, 13):  # a version that cannot be read is ()
-            return 0
-        large = {9}
-        if self.torch >= (2, 12):
-            large |= {10, 12}
-        if self.torch >= (2, 14):
-            large.add(11)
-        is_large = self.compute_capability[0] in large
-        return CUBLAS_WORKSPACE_BYTES_HOPPER if is_large else CUBLAS_WORKSPACE_BYTES
+        """What cuBLAS keeps per handle and stream."""
+        return cublas_workspace(self.torch, self.compute_capability)
 
     @property
     def cublaslt_workspace_bytes(self) -> int:
-        """
-        What cuBLASLt, which runs products with a bias, keeps beside cuBLAS's workspace, per handle and stream: torch
-        2.9 to 2.11 (ATen/cuda/CublasHandlePool.cpp, getCUDABlasLtWorkspace; pytorch#156495). Since 2.12 it works in
-        cuBLAS's (#175879); before 2.9 it took as much for every product and gave it back, which is not planned.
-        """
-        return CUBLASLT_WORKSPACE_BYTES if (2, 9) <= self.torch < (2, 12) else 0
+        """What cuBLASLt keeps beside it."""
+        return cublaslt_workspace(self.torch)
 
     def target(self, device: str) -> Target:
         """What chooses attention's kernel on `cuda` or `cpu`."""
@@ -291,6 +276,7 @@ class Behaviour:
         fsdp1 = shards and job.parallel.fsdp_version == 1
         accelerate_fsdp2 = shards and not fsdp1
         ddp = trainer and job.world_size > 1 and job.parallel.strategy == "NO_SHARD"
+        reentrant = (trainer or script) and job.use_reentrant and job.activation_checkpointing != "none"
         return Behaviour(
             hold_logits=script,
             hold_hidden=script or trainer,
@@ -308,11 +294,16 @@ class Behaviour:
             # The Trainer switches checkpointing on as users do, and transformers 5 then makes the output of the
             # embeddings require gradients (modeling_utils.py, activation_checkpointing_enable).
             # So does peft's prepare_model_for_kbit_training.
-            input_gradients=job.activation_checkpointing == "full"
-            and (
-                (trainer and adapters)
-                or (script and job.method == "qlora" and job.quantization.kbit_preparation)
+            # So does peft where a model that gets adapters is checkpointed, and reentrant checkpoints need it.
+            input_gradients=(reentrant and adapters)
+            or (
+                job.activation_checkpointing == "full"
+                and (
+                    (trainer and adapters)
+                    or (script and job.method == "qlora" and job.quantization.kbit_preparation)
+                )
             ),
+            reentrant=reentrant,
             loads_on_device=(script or trainer)
             and job.has_quantized_base
             and job.parallel.strategy in ("NO_SHARD", "ZERO_3"),
@@ -366,7 +357,7 @@ class Behaviour:
             trainer_scalars=Behaviour.for_job(job).trainer_scalars and not old_trainer,
             # peft's PeftModel and prepare_model_for_kbit_training both call it where checkpointing is on.
             input_gradients=adapters and checkpointing,
-            reentrant=checkpointing and old_trainer,
+            reentrant=checkpointing and (old_trainer or at_hand.reentrant),
             fsdp1=fsdp1,
             recomputes_units=fsdp1 and checkpointing and old_trainer,
             attention_waits=fsdp1

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+CUBLAS_WORKSPACE_BYTES = 8_519_680
+"""Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (ATen/cuda/CublasHandlePool.cpp)."""
+CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
+"""On Hopper, and on Blackwell since torch 2.12."""
+CUBLASLT_WORKSPACE_BYTES = 1 << 20
+
 
 def expert_masks(transformers: tuple[int, ...]) -> str:
     """As `Behaviour.expert_masks`; versions before 5.13 are not planned for."""
@@ -26,3 +32,30 @@ def version_numbers(text: str) -> tuple[int, ...]:
     (4, 45, 2)
     """
     return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
+
+
+def cublas_workspace(torch: tuple[int, ...], compute_capability: tuple[int, int]) -> int:
+    """
+    Bytes that cuBLAS keeps per handle and stream: 32 MiB on sm90, since torch 2.12 on sm10x and sm12x as well
+    (pytorch#175344), and since 2.14 on sm11x (ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize; read off the
+    libraries of 2.11 to 2.15). From 2.15 on each product takes it and gives it back (pytorch#194311), which is not
+    planned: plans count what was kept before, and so no less. Up to 1.12 cuBLAS took it from the driver, not from
+    torch's allocator (pytorch#85292).
+    """
+    if () < torch < (1, 13):  # a version that cannot be read is ()
+        return 0
+    large = {9}
+    if torch >= (2, 12):
+        large |= {10, 12}
+    if torch >= (2, 14):
+        large.add(11)
+    return CUBLAS_WORKSPACE_BYTES_HOPPER if compute_capability[0] in large else CUBLAS_WORKSPACE_BYTES
+
+
+def cublaslt_workspace(torch: tuple[int, ...]) -> int:
+    """
+    Bytes that cuBLASLt, which runs products with a bias, keeps beside cuBLAS's workspace, per handle and stream: torch
+    2.9 to 2.11 (ATen/cuda/CublasHandlePool.cpp, getCUDABlasLtWorkspace; pytorch#156495). Since 2.12 it works in
+    cuBLAS's (#175879); before 2.9 it took as much for every product and gave it back, which is not planned.
+    """
+    return CUBLASLT_WORKSPACE_BYTES if (2, 9) <= torch < (2, 12) else 0

@@ -117,6 +117,11 @@ def _refuse_untraced(job: Job) -> None:
             f"{asked} are not traced with `loop: {job.loop}`",
             hint="use `--engine shape`, or `--set loop=memplan`",
         )
+    if job.use_reentrant and job.world_size > 1 and job.activation_checkpointing != "none":
+        raise TraceError(
+            "`use_reentrant` is traced on one GPU: DDP refuses it where it looks for unused parameters",
+            hint="use `--engine shape`, which plans it without that",
+        )
     if job.parallel.fsdp_version == 1:
         raise TraceError(
             "FSDP1 is not traced", hint="use `--engine shape`, or `--set parallel.fsdp_version=2`"

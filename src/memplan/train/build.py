@@ -331,7 +331,11 @@ def _prepare(
             trained = add_adapters(model, job, token_ids)
     if job.activation_checkpointing != "none":
         # After the adapters: peft makes the embeddings require gradients where it finds checkpointing on.
-        enable_activation_checkpointing(model, every_second=job.activation_checkpointing == "selective")
+        enable_activation_checkpointing(
+            model,
+            every_second=job.activation_checkpointing == "selective",
+            use_reentrant=job.use_reentrant and job.loop != "memplan",
+        )
         if job.activation_offload and mover is not None:
             offload_inputs(model, mover)
     return trained.train()
@@ -348,9 +352,10 @@ def _finish_adapted(job: Job, model: nn.Module, skeleton: Skeleton, device: torc
     draw_adapters(model, device, derive_seed(job.train.seed, "adapters"))
 
 
-def enable_activation_checkpointing(model: Any, *, every_second: bool) -> None:
+def enable_activation_checkpointing(model: Any, *, every_second: bool, use_reentrant: bool = False) -> None:
     """
-    Recompute blocks in backward: non-reentrant, with the random state of forward, all blocks or 1, 3, 5, ...
+    Recompute blocks in backward, with the random state of forward, all blocks or 1, 3, 5, ...; reentrant only where
+    another loop is traced.
 
     transformers 5 renamed the method and still has both names. It also makes the embeddings' output require
     gradients, which re-entrant checkpointing needs and this kind does not: undone, so that frozen blocks
@@ -364,7 +369,7 @@ def enable_activation_checkpointing(model: Any, *, every_second: bool) -> None:
             f"transformers' {type(model).__name__} has no activation checkpointing",
             hint="use `--set activation_checkpointing=none`",
         )
-    arguments = {"use_reentrant": False, "preserve_rng_state": True}
+    arguments = {"use_reentrant": use_reentrant, "preserve_rng_state": True}
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(arguments)
     model.disable_input_require_grads()

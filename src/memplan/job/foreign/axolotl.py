@@ -12,6 +12,7 @@ from memplan.job.foreign.training import (
     ATTENTIONS,
     note_packing_mask,
     of_blocks,
+    put_reentrant,
     put_targets,
     read_objective,
     read_run,
@@ -105,7 +106,8 @@ def _read_adapters(keys: Keys) -> bool:
             field="method",
         )
         return True
-    if in_8bit or (in_4bit and adapter != "qlora") or (adapter == "qlora" and not in_4bit):
+    has_8_bits = in_8bit and not in_4bit and adapter == "lora"
+    if not has_8_bits and (in_8bit or in_4bit != (adapter == "qlora")):
         bits = 8 if in_8bit else 4 if in_4bit else 16
         keys.gap(
             f"a base in {bits} bits with `adapter: {adapter}` is not planned",
@@ -113,7 +115,7 @@ def _read_adapters(keys: Keys) -> bool:
             line=line,
             field="method",
         )
-    keys.put("method", adapter, "adapter")
+    keys.put("method", "qlora" if has_8_bits else adapter, "adapter")
     if adapter == "full":
         keys.leave((), ("lora_",))
         return False
@@ -123,6 +125,8 @@ def _read_adapters(keys: Keys) -> bool:
     options.move("bnb_4bit_use_double_quant", "quantization.double_quant")
     options.move("bnb_4bit_quant_type", "quantization.type")
     options.move("bnb_4bit_quant_storage", "quantization.storage")
+    if has_8_bits:
+        keys.put("quantization.type", "int8", "load_in_8bit")
     keys.move("lora_r", "lora.rank")
     keys.move("lora_alpha", "lora.alpha")
     keys.move("lora_dropout", "lora.dropout", 0.0)
@@ -170,7 +174,8 @@ def _read_precision(keys: Keys) -> None:
         keys.put("dtype", "bfloat16" if bfloat16 else "float16", "fp16")
         keys.put("autocast", "float16", "fp16")
     else:
-        keys.put("dtype", "float16" if pure_fp16 else "float32")
+        in_16_bits = pure_fp16 or keys.value("quantization.type") == "int8"  # utils/config, resolve_dtype
+        keys.put("dtype", "float16" if in_16_bits else "float32")
     keys.refuse("fp8", "memplan plans 16-bit products; remove the key to plan those")
     keys.leave(("fp8_enable_fsdp_float8_all_gather",))
 
@@ -215,7 +220,7 @@ def _read_checkpointing(keys: Keys) -> None:
     word = (keys.text("gradient_checkpointing") or "false").lower()
     offload = (keys.text("activation_offloading") or "false").lower()
     options = keys.section("gradient_checkpointing_kwargs")
-    options.take("use_reentrant")  # saves the same
+    is_reentrant = options.flag("use_reentrant", True)  # utils/config, normalize_config
     if word in ("offload", "offload_disk") or offload not in ("false", "hidden_states"):
         keys.gap(
             "axolotl's offload of all activations in place of checkpointing is not planned",
@@ -226,6 +231,7 @@ def _read_checkpointing(keys: Keys) -> None:
         return
     keys.put("activation_checkpointing", word, "gradient_checkpointing", line)
     keys.put("activation_offload", offload == "hidden_states", "activation_offloading")
+    put_reentrant(keys, is_reentrant)
     keys.refuse("selective_checkpointing", "`--set activation_checkpointing=full` plans that of whole blocks")
 
 
@@ -255,7 +261,8 @@ def _read_kernels(keys: Keys, *, has_adapters: bool) -> bool:
             "cut cross-entropy is planned as Liger's fused head and loss, which does not hold the logits either"
         )
     own_code = keys.flag("trust_remote_code")  # of which it knows no layers to put kernels in
-    by_default = has_adapters and not own_code and not any(key in keys for key in _KERNELS)
+    in_8_bits = keys.value("quantization.type") == "int8"
+    by_default = has_adapters and not (own_code or in_8_bits or any(key in keys for key in _KERNELS))
     above = [key for key in (*_LESS, *_KERNELS) if keys.flag(key, by_default and key in _KERNELS)]
     gates = {"liger_swiglu", "liger_glu_activation"}
     if {"liger_rope", "liger_rms_norm"} <= set(above) and gates & set(above):

@@ -11,6 +11,7 @@ from memplan.job.foreign.training import (
     ATTENTION_HINT,
     ATTENTIONS,
     note_packing_mask,
+    put_reentrant,
     read_evaluation,
     read_objective,
     read_run,
@@ -30,7 +31,7 @@ _HARMLESS = {
     "freeze_multi_modal_projector", "freeze_language_model", "compute_accuracy", "disable_shuffling",
     "early_stopping_steps", "include_effective_tokens_per_second", "eaft_alpha", "pissa_init",
     "bf16_full_eval", "tf32", "ignore_pad_token_for_loss", "eval_on_each_dataset", "data_shared_file_system",
-    "val_size", "include_num_input_tokens_seen", "include_tokens_per_second", "use_reentrant_gc",
+    "val_size", "include_num_input_tokens_seen", "include_tokens_per_second",
     "ddp_find_unused_parameters", "push_to_hub",
 }  # fmt: skip
 """Keys that say nothing of what a step takes."""
@@ -133,14 +134,16 @@ def _read_method(keys: Keys) -> str:
     if kind not in ("lora", "full"):
         hint = "`--set method=lora` or `full` plans those"
         keys.gap(f"`finetuning_type: {kind}` is not planned", hint, line=line, field="method")
-    if bits is not None and (bits != "4" or by not in ("bnb", "bitsandbytes")):
+    if bits is not None and (bits not in ("4", "8") or by not in ("bnb", "bitsandbytes")):
         hint = "`--set method=qlora` plans 4 bits of bitsandbytes, `lora` a 16-bit base"
         keys.gap(f"a base in {bits} bits by `{by}` is not planned", hint, line=bits_line, field="method")
-    method = "qlora" if bits == "4" and kind == "lora" else "full" if kind == "full" else "lora"
+    method = "qlora" if bits in ("4", "8") and kind == "lora" else "full" if kind == "full" else "lora"
     key = "finetuning_type" if line or not bits else "quantization_bit"
     keys.put("method", method, key if line or bits else None, line)
     keys.move("double_quantization", "quantization.double_quant", True)
     keys.move("quantization_type", "quantization.type", "nf4")
+    if bits == "8":
+        keys.put("quantization.type", "int8", "quantization_bit", bits_line)
     if method != "full":
         rank = keys.text("lora_rank") or "8"
         keys.put("lora.rank", rank, "lora_rank")
@@ -184,6 +187,7 @@ def _read_checkpointing(keys: Keys) -> None:
         "none" if off else "full",
         "disable_gradient_checkpointing" if off else None,
     )
+    put_reentrant(keys, keys.flag("use_reentrant_gc", True))
     if keys.flag("use_unsloth_gc"):
         keys.put("activation_offload", not off, "use_unsloth_gc")
 

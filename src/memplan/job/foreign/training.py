@@ -21,6 +21,12 @@ ATTENTION_HINT = "`--set attention=flash_attention_2` plans a kernel that holds 
 _ALONE = "memplan plans supervised fine-tuning and NPT; there is no field that stands for this"
 
 
+def put_reentrant(keys: Keys, is_reentrant: bool) -> None:
+    """How blocks are checkpointed matters beside an 8-bit base; elsewhere both ways save the same."""
+    if keys.value("quantization.type") == "int8":
+        keys.put("use_reentrant", is_reentrant)
+
+
 def note_packing_mask(keys: Keys, packs: bool) -> None:
     """transformers keeps documents of a row apart by a mask, where the kernel does not."""
     attention = keys.value("attention")

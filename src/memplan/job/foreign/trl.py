@@ -13,6 +13,7 @@ from memplan.job.foreign.sharding import read_deepspeed, read_fsdp
 from memplan.job.foreign.training import (
     ATTENTION_HINT,
     ATTENTIONS,
+    put_reentrant,
     put_targets,
     read_evaluation,
     read_run,
@@ -84,26 +85,27 @@ def _read_rows(keys: Keys) -> None:
 
 
 def _read_method(keys: Keys) -> None:
-    has_adapters, in_4bit = keys.flag("use_peft"), keys.flag("load_in_4bit")
-    keys.refuse("load_in_8bit", "4 bits (`load_in_4bit: true`) and 16 are planned")
-    if in_4bit and not has_adapters:
-        keys.gap(
-            "`load_in_4bit` without `use_peft: true` trains nothing", "set `use_peft: true`", field="method"
-        )
-    method = ("qlora" if in_4bit else "lora") if has_adapters else "full"
+    has_adapters, in_4bit, in_8bit = (keys.flag(key) for key in ("use_peft", "load_in_4bit", "load_in_8bit"))
+    is_quantized = in_4bit or in_8bit
+    if is_quantized and not has_adapters:
+        key = "load_in_4bit" if in_4bit else "load_in_8bit"
+        keys.gap(f"`{key}` without `use_peft: true` trains nothing", "set `use_peft: true`", field="method")
+    method = ("qlora" if is_quantized else "lora") if has_adapters else "full"
     keys.put("method", method, "use_peft" if has_adapters else None)
     keys.move("dtype", "dtype", "float32")
     keys.move("use_bnb_nested_quant", "quantization.double_quant", False)
     keys.move("bnb_4bit_quant_type", "quantization.type", "nf4")
     keys.move("bnb_4bit_quant_storage", "quantization.storage", "uint8")
+    if in_8bit and not in_4bit:  # trainer/utils.py, get_quantization_config
+        keys.put("quantization.type", "int8", "load_in_8bit")
     if has_adapters:
         keys.move("lora_r", "lora.rank", 16)
         keys.move("lora_alpha", "lora.alpha", 32)
         keys.move("lora_dropout", "lora.dropout", 0.05)
         keys.move("lora_modules_to_save", "lora.modules_to_save")
-        if in_4bit:
+        if is_quantized:
             keys.put("lora.modules_to_save_dtype", "bfloat16")  # as the adapters
-        keys.put("lora.dtype", "bfloat16" if in_4bit else "float32")
+        keys.put("lora.dtype", "bfloat16" if is_quantized else "float32")
         if "lora_target_modules" in keys:
             line, names = keys.line("lora_target_modules"), keys.take("lora_target_modules")
             is_one = isinstance(names, list) and len(names) == 1  # ModelConfig takes it out of its list
@@ -117,7 +119,7 @@ def _read_method(keys: Keys) -> None:
 def _read_checkpointing(keys: Keys) -> None:
     key = "activation_checkpointing" if "activation_checkpointing" in keys else "gradient_checkpointing"
     keys.move(key, "activation_checkpointing", "full")
-    keys.section(f"{key}_kwargs").take("use_reentrant")  # saves the same
+    put_reentrant(keys, keys.section(f"{key}_kwargs").flag("use_reentrant"))
     hint = (
         "`--set activation_checkpointing=full` plans checkpointing, on the GPU or with `activation_offload`"
     )

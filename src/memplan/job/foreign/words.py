@@ -14,6 +14,7 @@ _BY_VALUE: dict[str, dict[tuple[str, Any], str]] = {
         ("kernels", "liger"): "liger_rope: true\nliger_rms_norm: true\nliger_glu_activation: true",
         ("activation_checkpointing", "full"): "gradient_checkpointing: true",
         ("activation_offload", True): "activation_offloading: hidden_states",
+        ("use_reentrant", True): "gradient_checkpointing_kwargs: {use_reentrant: true}",
         ("method", "qlora"): "adapter: qlora\nload_in_4bit: true",
         ("quantization.type", "nf4"): "adapter: qlora\nload_in_4bit: true\nload_in_8bit: false",
         ("quantization.storage", "bfloat16"): "bnb_config_kwargs: {bnb_4bit_quant_storage: bfloat16}",
@@ -30,6 +31,7 @@ _BY_VALUE: dict[str, dict[tuple[str, Any], str]] = {
         ("kernels", "liger"): "enable_liger_kernel: true",
         ("activation_checkpointing", "full"): "disable_gradient_checkpointing: false",
         ("activation_offload", True): "use_unsloth_gc: true",
+        ("use_reentrant", True): "use_reentrant_gc: true",
         ("method", "qlora"): "quantization_bit: 4",
         ("quantization.type", "nf4"): "quantization_bit: 4",
         ("quantization.double_quant", True): "double_quantization: true",
@@ -41,6 +43,7 @@ _BY_VALUE: dict[str, dict[tuple[str, Any], str]] = {
     },
     "TRL": {
         ("activation_checkpointing", "full"): "gradient_checkpointing: true",
+        ("use_reentrant", True): "gradient_checkpointing_kwargs: {use_reentrant: true}",
         ("method", "qlora"): "load_in_4bit: true",
         ("quantization.type", "nf4"): "load_in_4bit: true\nload_in_8bit: false",
         ("quantization.double_quant", True): "use_bnb_nested_quant: true",
