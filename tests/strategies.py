@@ -100,7 +100,13 @@ def agreeing(job: Job) -> Job:
         or job.parallel.strategy == "ZERO_3"
     ):
         changes["lora.modules_to_save"] = ()
-    return job.replace(**changes)
+    agreed = job.replace(**changes)
+    runs_torchao = agreed.loop != "memplan" and not agreed.parallel.strategy.startswith("ZERO_")
+    if not runs_torchao or agreed.offload.params or agreed.offload.optimizer:
+        agreed = agreed.replace(
+            optimizer=agreed.optimizer.removeprefix("ao_").replace("_4bit", "").replace("_fp8", "")
+        )
+    return agreed
 
 
 def _values(field: Field) -> st.SearchStrategy[Any]:

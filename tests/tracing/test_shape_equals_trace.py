@@ -170,6 +170,13 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"loop": "hf_trainer", "method": "lora", "attention": "eager"}),
     ("bert", {"dtype": "float16", "autocast": "bfloat16"}),
     ("gpt2", {"autocast": "bfloat16", "optimizer": "adamw_8bit"}),
+    ("gpt2", {"optimizer": "ao_adamw_8bit", "loop": "hf_trainer", LOSS: 2}),
+    ("llama", {"optimizer": "ao_adamw_4bit", "loop": "script", "dtype": "float32", "autocast": "bfloat16"}),
+    ("llama", {"optimizer": "ao_adamw_fp8", "loop": "hf_trainer", "method": "lora", CKPT: "full"}),
+    (
+        "llama",
+        {"optimizer": "ao_adamw_4bit", "loop": "hf_trainer", "method": "qlora", "lora__dtype": "bfloat16"},
+    ),
     ("llama", {"method": "lora", "loss": "fused", "data__special_tokens": "[<a>]"}),
     ("qwen2", {"loss": "fused", "optimizer": "paged_adamw_8bit"}),
     ("llama", {"dtype": "float16", "autocast": "float16", "attention": "flash_attention_2"}),

@@ -16,6 +16,7 @@ from memplan.budget.notes import (
     accelerate_notes,
     architecture_notes,
     attention_notes,
+    optimizer_notes,
     quantization_notes,
     zero_notes,
 )
@@ -79,6 +80,7 @@ def estimate_written(
         + zero_notes(job, architecture)
         + accelerate_notes(job, behaviour or Behaviour.for_job(job))
         + quantization_notes(job, behaviour or Behaviour.for_job(job))
+        + optimizer_notes(job)
         + notes
     )
     result = replace(result, warnings=result.warnings + notes)

@@ -11,6 +11,7 @@ from memplan.model.families import layout
 from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.liger import FAMILIES as LIGER_FAMILIES
+from memplan.tape.low_bit import LOW_BIT
 from memplan.tape.software import compute_capability
 from memplan.tape.targets import targets_stack, unused_names
 from memplan.tape.vocabulary import num_embeddings
@@ -87,6 +88,16 @@ def quantization_notes(job: Job, behaviour: Behaviour) -> tuple[str, ...]:
             + ("" if job.loop == "memplan" else "; `use_reentrant: true` holds none")
         )
     return tuple(notes)
+
+
+def optimizer_notes(job: Job) -> tuple[str, ...]:
+    """What a compiled step takes that is known of one version of torch, or in no plan."""
+    if job.optimizer not in LOW_BIT:
+        return ()
+    return (
+        f"`{job.optimizer}` compiles its step: the buffers in it are those that torch 2.13 writes; the first step also "
+        "times kernels, with a buffer as large as the GPU's L2 cache, which is not planned",
+    )
 
 
 def architecture_notes(job: Job, architecture: Architecture) -> tuple[str, ...]:

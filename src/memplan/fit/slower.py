@@ -139,6 +139,7 @@ def _sharding(job: Job) -> list[Edit]:
         job.offload.params
         or "8bit" in job.optimizer
         or "paged" in job.optimizer
+        or job.optimizer.startswith("ao_")
         or parallel.fsdp_version == 1
         or (job.has_8bit_base and not parallel.strategy.startswith("ZERO_"))
     ):

@@ -12,6 +12,8 @@ from memplan.job.spec import Job
 OPTIMIZERS = {
     ("adamw", "fused"): "adamw_torch_fused", ("adamw", "foreach"): "adamw_torch",
     ("adamw_8bit", None): "adamw_bnb_8bit", ("paged_adamw", None): "paged_adamw_32bit",
+    ("ao_adamw_8bit", None): "adamw_torch_8bit", ("ao_adamw_4bit", None): "adamw_torch_4bit",
+    ("ao_adamw_fp8", None): "adamw_torch_8bit",  # axolotl's Trainer makes it itself; a trace has its stand-in
     ("paged_adamw_8bit", None): "paged_adamw_8bit", ("lion", None): "lion_32bit", ("sgd", None): "sgd",
 }  # fmt: skip
 """Names that TrainingArguments give to the job's optimizers, None standing for any kernel."""

@@ -52,6 +52,8 @@ FIELD_WORDS: dict[str, dict[str, Any]] = {
         "adamw_torch": {"optimizer": "adamw", "optimizer_kernel": "foreach"},
         "adamw_torch_fused": {"optimizer": "adamw", "optimizer_kernel": "fused"},
         "adamw_bnb_8bit": "adamw_8bit",
+        "adamw_torch_8bit": "ao_adamw_8bit",
+        "adamw_torch_4bit": "ao_adamw_4bit",
         "paged_adamw_32bit": "paged_adamw",
         "lion_32bit": "lion",
     },

@@ -30,6 +30,7 @@ def check_job(job: Job) -> list[Conflict]:
         check_storage,
         check_8bit_base,
         _check_npt_strategy,
+        _check_low_bit,
         _check_padding_free,
         _check_npt_loop,
         _check_kernels,
@@ -120,6 +121,29 @@ def _check_npt_strategy(job: Job) -> Iterator[Conflict]:
             f"`method: npt` trains in memplan's own loop, which DeepSpeed's `{strategy}` does not run",
             "set `parallel.strategy: FULL_SHARD`, or `NO_SHARD` with `parallel.dp_replicate`",
         )
+
+
+def _check_low_bit(job: Job) -> Iterator[Conflict]:
+    if not job.optimizer.startswith("ao_"):
+        return
+    if job.loop == "memplan":
+        yield Conflict(
+            ("optimizer", "loop"),
+            f"`optimizer: {job.optimizer}` is torchao's, which memplan's own loop does not run",
+            "set `loop: hf_trainer` or `script`, or use `optimizer: adamw_8bit`, bitsandbytes'",
+        )
+    refused = {
+        f"parallel.strategy: {job.parallel.strategy}": job.parallel.strategy.startswith("ZERO_"),
+        "offload.params: true": job.offload.params,
+        "offload.optimizer: true": job.offload.optimizer,
+    }
+    for setting, is_set in refused.items():
+        if is_set:
+            yield Conflict(
+                ("optimizer", setting.partition(":")[0]),
+                f"`optimizer: {job.optimizer}` is not planned with `{setting}`",
+                "use `optimizer: adamw`, or FSDP2 (`parallel.strategy: FULL_SHARD`) without offload",
+            )
 
 
 def _check_padding_free(job: Job) -> Iterator[Conflict]:

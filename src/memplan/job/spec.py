@@ -35,7 +35,8 @@ __all__ = [
 ]  # fmt: skip
 
 OPTIMIZERS = (
-    "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd", "lion",
+    "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "ao_adamw_8bit", "ao_adamw_4bit", "ao_adamw_fp8",
+    "adafactor", "sgd", "lion",
 )  # fmt: skip
 
 

@@ -16,6 +16,9 @@ _STATE_BYTES: dict[str, Callable[[int], float]] = {
     # One byte per moment and a float32 scale per 256 of them: bitsandbytes/optim/optimizer.py.
     "adamw_8bit": lambda itemsize: 2 * (1 + 4 / 256),
     "paged_adamw_8bit": lambda itemsize: 2 * (1 + 4 / 256),
+    "ao_adamw_8bit": lambda itemsize: 2 * (1 + 4 / 256),
+    "ao_adamw_4bit": lambda itemsize: 2 * (1 / 2 + 4 / 256),
+    "ao_adamw_fp8": lambda itemsize: 2 * (1 + 4 / 256),
     "lion": lambda itemsize: itemsize,
     "sgd": lambda itemsize: itemsize,
     # Rows and columns instead of the product: far below a byte per parameter.

@@ -236,7 +236,7 @@ def _optimizer(subject: Subject) -> Iterator[Lint]:
             "on the card or in RAM as the driver sees fit",
             "keep room in RAM for them, and expect slower steps when the card is full",
         )
-    if job.optimizer.endswith("_8bit") and job.optimizer_kernel == "foreach":
+    if job.optimizer.endswith(("_8bit", "_4bit", "_fp8")) and job.optimizer_kernel == "foreach":
         yield Lint(
             "kernel-unused",
             f"`optimizer_kernel: foreach` does nothing for `{job.optimizer}`, which has a kernel of its own",

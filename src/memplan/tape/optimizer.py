@@ -1,7 +1,7 @@
 """
 Optimizer steps: the states that the first step creates, and the temporaries of every step.
 
-Sources: torch/optim/adam.py, sgd.py, _adafactor.py; bitsandbytes/optim/optimizer.py.
+Sources: torch/optim/adam.py, sgd.py, _adafactor.py; bitsandbytes/optim/optimizer.py; torchao's are in low_bit.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from math import prod
 from memplan.job.spec import Job
 from memplan.tape.graph import Graph
 from memplan.tape.loss import Locals
+from memplan.tape.low_bit import LOW_BIT, Buffer, state_buffers, step_buffers
 from memplan.tape.packing import DYNAMIC_MAP_BYTES
 from memplan.tape.scratch import adafactor, foreach_norm
 from memplan.tape.sharding import SHARDED, layout
@@ -71,6 +72,7 @@ class OptimizerProgram:
         self.has_maps = False
         """Of bitsandbytes, which makes them when it first needs them: those of 8-bit states."""
         self.on_host = layout(job, g.device).optimizer_on_host
+        self.is_low_bit = job.optimizer in LOW_BIT
         self.in_trainer = job.loop == "hf_trainer"
         """
         transformers' Trainer takes the norm of the gradients whether it clips or not, has matrices and vectors in two
@@ -98,7 +100,7 @@ class OptimizerProgram:
             return
         creates = not self.has_states
         for index, group in enumerate(self._groups()):
-            if creates:
+            if creates and not self.is_low_bit:
                 self._create_states(index, group)
             outer, g.path, g.category = g.path, "optimizer", "workspace"
             self._update(group, f"{index} {number}" if index else f"{number}")
@@ -153,6 +155,9 @@ class OptimizerProgram:
                 self._state(parameter, "col_var", (*shape[:-2], 1, shape[-1]), dtype)
             else:
                 self._state(parameter, "variance", shape, dtype)
+        elif self.is_low_bit:
+            for buffer in state_buffers(name, shape, dtype):
+                self._state(parameter, buffer.name, buffer.shape, buffer.dtype)
         elif name == "lion":
             self._state(parameter, "state1", shape, "float32")
         elif name != "sgd":
@@ -187,6 +192,8 @@ class OptimizerProgram:
             self._update_loop(group, label)
         elif name == "adafactor":
             self._update_adafactor(group, label)
+        elif self.is_low_bit:
+            self._update_low_bit(group, label)
 
     def _groups(self) -> list[list[Parameter]]:
         return parameter_groups(self.job, self.parameters)
@@ -257,6 +264,24 @@ class OptimizerProgram:
             g.scratch(*adafactor(scalar), name="norm of update")
         g.enter(None)
         kept.clear()
+
+    def _update_low_bit(self, parameters: list[Parameter], number: str) -> None:
+        """Parameter by parameter: states where there are none yet, then the buffers of its compiled step."""
+        g = self.g
+        g.begin(f"loop {number}")
+        held: dict[str, Tensor] = {}
+        for parameter in parameters:
+            g.enter(parameter.layer)
+            if not self.has_states:
+                self._create(parameter)
+            shape = parameter.local_shape
+            for item in step_buffers(self.job.optimizer, shape, g.target.multiprocessors):
+                if isinstance(item, Buffer):
+                    name = f"{parameter.name} {item.name}"
+                    held[item.name] = g.new(item.shape, item.dtype, name, "workspace")
+                else:
+                    del held[item]
+        g.enter(None)
 
     def _clip(self, number: int) -> None:
         """clip_grad_norm_: a scalar per gradient, with the kernel's partial sums, their norm, and a factor from it."""

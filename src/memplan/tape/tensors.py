@@ -11,6 +11,7 @@ from typing import Any
 
 ITEMSIZE = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1,
+    "float8_e4m3fn": 1,
 }  # fmt: skip
 
 Shape = tuple[int, ...]

@@ -10,7 +10,7 @@ from typing import Any
 from memplan.budget.count import count_parameters
 from memplan.budget.estimate import summarise
 from memplan.budget.host import host_of
-from memplan.budget.notes import accelerate_notes, attention_notes, quantization_notes
+from memplan.budget.notes import accelerate_notes, attention_notes, optimizer_notes, quantization_notes
 from memplan.budget.result import Result
 from memplan.errors import MemplanError, TraceError
 from memplan.job.spec import Job
@@ -67,6 +67,7 @@ def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -
         *attention_notes(job, traced.target),
         *accelerate_notes(job, Behaviour.for_job(job)),
         *quantization_notes(job, Behaviour.for_job(job)),
+        *optimizer_notes(job),
         *_notes_on_class(config, traced.class_name),
         *_notes(job, traced.unknown_values),
         *note_on_reference_code(traced.replaced_packages),

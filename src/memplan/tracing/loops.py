@@ -9,8 +9,11 @@ import torch
 
 from memplan.job.spec import Job
 from memplan.tape.behaviour import Behaviour
+from memplan.tape.low_bit import LOW_BIT
+from memplan.tape.multiprocessors import multiprocessors
 from memplan.tracing.build import META, MetaModel
 from memplan.tracing.hf_loop import MICRO_BATCHES, run_trainer
+from memplan.tracing.low_bit import LowBitAdamW
 from memplan.tracing.recorder import Recorder
 from memplan.tracing.sharded import finish_reductions
 from memplan.train.build import Built
@@ -19,7 +22,7 @@ from memplan.train.group import Group
 from memplan.train.host_optimizer import HostCopies
 from memplan.train.loop import Loop
 from memplan.train.offload import Mover
-from memplan.train.optimizer import build_optimizer
+from memplan.train.optimizer import build_optimizer, parameter_groups
 from memplan.train.parallel import Parallel
 from memplan.train.samples import START, Samples, count_targets
 
@@ -71,7 +74,13 @@ def run_loop(
     if recorder.host is not None and not job.offload.params:
         copies = HostCopies(stepped, recorder.host.allocate)
         stepped = copies.parameters
-    optimizer = build_optimizer(job, list(stepped.values()))
+    if job.optimizer in LOW_BIT:
+        groups = parameter_groups(list(stepped.values()), job.train.weight_decay)
+        optimizer: Any = LowBitAdamW(
+            groups, optimizer=job.optimizer, device=multiprocessors(job.gpu), lr=job.train.learning_rate
+        )
+    else:
+        optimizer = build_optimizer(job, list(stepped.values()))
     if copies is not None:
         copies.follow(optimizer)
     named = {

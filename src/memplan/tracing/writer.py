@@ -18,6 +18,7 @@ from memplan.errors import JobError, MemplanError, TraceError
 from memplan.job.spec import Job
 from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
+from memplan.tape.low_bit import LOW_BIT
 from memplan.tape.packing import refuse_left_in_16_bits
 from memplan.tape.repeat import Expansion
 from memplan.tape.tape import Storage, Tape
@@ -29,6 +30,7 @@ from memplan.tracing.dtypes import is_of_dtypes
 from memplan.tracing.host import HostMemory, HostMover
 from memplan.tracing.load import load
 from memplan.tracing.loops import run_loop
+from memplan.tracing.low_bit import torchao_on_meta
 from memplan.tracing.optimizers import bitsandbytes_on_meta, own_quantization_maps
 from memplan.tracing.packages import stand_ins
 from memplan.tracing.reference_code import reference_code
@@ -166,7 +168,8 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
         recorder.multiplicity = meta.multiplicity()
         if job.has_quantized_base:
             stack.enter_context(own_quantization_maps())
-        if job.optimizer not in TORCH_OPTIMIZERS:
+        stack.enter_context(torchao_on_meta(job, target.multiprocessors))
+        if job.optimizer not in (*TORCH_OPTIMIZERS, *LOW_BIT):
             stack.enter_context(bitsandbytes_on_meta())
         if job.offload.params:
             recorder.host = HostMemory(takes_copies=True)
