@@ -120,6 +120,8 @@ def _state_bytes(job: Job, itemsize: int) -> int:
 
 def _activations(job: Job, sizes: HostSizes) -> tuple[int, str]:
     """Each input is a pinned block of its own."""
+    if job.offload.activations != "none":
+        return sizes.offloaded * job.world_size, "pinned copies of what backward needs"
     if not job.activation_offload:
         return 0, ""
     tokens = job.micro_batch_size * job.max_seq_len

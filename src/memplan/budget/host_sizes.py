@@ -27,6 +27,8 @@ class HostSizes(NamedTuple):
     """Of the largest such tensor."""
     stored_dtype: str | None = None
     """dtype of the checkpoint, but for what it has in 4 bits; None where it is not known."""
+    offloaded: int = 0
+    """Pinned bytes of one rank's activations, where all of them are offloaded."""
     is_stored_packed: bool = False
     """The checkpoint has in 4 bits what the job has."""
 

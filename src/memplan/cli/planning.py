@@ -96,6 +96,9 @@ def plan(loaded: LoadedJob, engine: str = "auto", *, alone: bool = False) -> Pla
         raise
     except UnknownModel as error:
         unknown = error
+    if unknown is None and job.offload.activations != "none":
+        architecture = None
+        unknown = UnknownModel("`offload.activations` is planned by a trace alone")
     if unknown is not None and (engine == "shape" or (engine == "auto" and missing_software())):
         raise UnknownModel(
             unknown.message,

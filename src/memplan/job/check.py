@@ -211,6 +211,18 @@ def _check_offload(job: Job) -> Iterator[Conflict]:
             f"`offload.params` has nothing to fetch with `{strategy}`, which keeps whole weights on every GPU",
             "set `offload.optimizer: true` in its place, or `parallel.strategy: ZERO_3`",
         )
+    if job.offload.activations != "none" and job.loop != "hf_trainer":
+        yield Conflict(
+            ("offload.activations", "loop"),
+            f"`offload.activations` is TRL's and axolotl's, which `loop: {job.loop}` does not have",
+            "set `loop: hf_trainer`, or `activation_offload: true` with `activation_checkpointing: full`",
+        )
+    if job.offload.activations != "none" and job.activation_offload:
+        yield Conflict(
+            ("offload.activations", "activation_offload"),
+            "`offload.activations` moves the inputs of blocks, which `activation_offload` moves too",
+            "leave one of them out",
+        )
     if job.offload.optimizer and job.loop == "hf_trainer" and not strategy.startswith("ZERO_"):
         yield Conflict(
             ("offload.optimizer", "loop"),

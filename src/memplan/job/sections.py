@@ -198,6 +198,12 @@ class Offload:
 
     params: bool = setting(False, "Sharded parameters, gradients and optimizer step on the host")
     optimizer: bool = setting(False, "Optimizer states and step on the host")
+    activations: str = setting(
+        "none",
+        "All that backward needs, as TRL's `activation_offloading` moves it: beside the step (`streams`), or waited for "
+        "(`synchronous`, axolotl's `legacy`). Traced, with `loop: hf_trainer`",
+        choices=("none", "streams", "synchronous"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

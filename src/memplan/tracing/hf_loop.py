@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +19,13 @@ from memplan.errors import RunError, TraceError
 from memplan.hf.arguments import check_trainer, training_arguments
 from memplan.hf.trainer import collate, flattened, observed_trainer
 from memplan.job.spec import Job
+from memplan.tracing.activation_offload import OffloadedActivations, leave_head
 from memplan.tracing.build import META
 from memplan.tracing.hf_ranks import accelerate_on_ranks, arguments_of_ranks, name_shards
 from memplan.tracing.recorder import Recorder
+from memplan.tracing.sft_loss import check_trl, sft_loss
 from memplan.tracing.sharded import finish_reductions
+from memplan.tracing.trl_kernels import triton_of_trl
 from memplan.train.offload import Mover
 from memplan.train.parallel import is_sharded
 
@@ -43,6 +46,9 @@ _RANKS = (
 
 def check(job: Job) -> None:
     """Raise TraceError where the Trainer does not do what the job asks."""
+    if job.loss_form() == "chunked":
+        check_trl()
+        job = replace(job, loss="full")
     try:
         check_trainer(job)
     except RunError as refusal:
@@ -64,8 +70,12 @@ def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int, 
             recorder.mark("end", step)
 
     observed: Any = observed_trainer(recorder.mark, end_step)
+    offloaded = None
+    if job.offload.activations != "none":
+        offloaded = OffloadedActivations(recorder, model, streams=job.offload.activations == "streams")
+        leave_head(model)
 
-    class OnMeta(observed):
+    class OnMeta(sft_loss(observed) if job.loss_form() == "chunked" else observed):  # type: ignore[misc]
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             pretend_meta(job.autocast)
@@ -76,6 +86,10 @@ def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int, 
 
         def _move_model_to_device(self, *_: Any) -> None:
             """The model is where it is."""
+
+        def training_step(self, *positional: Any, **options: Any) -> Any:
+            with offloaded or nullcontext():
+                return super().training_step(*positional, **options)
 
         def _prepare_for_training(self, *positional: Any, **options: Any) -> Any:
             prepared = super()._prepare_for_training(*positional, **options)
@@ -110,6 +124,8 @@ def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int, 
         stack.enter_context(saved_by(mover))
         if job.world_size > 1:
             stack.enter_context(accelerate_on_ranks(recorder, job))
+        if job.loss_form() == "chunked":
+            stack.enter_context(triton_of_trl())
         folder = stack.enter_context(TemporaryDirectory(prefix="memplan-"))
         arguments = training_arguments(
             # accelerate refuses float16 on the CPU, where it believes to be until it is told otherwise.
@@ -128,6 +144,8 @@ def run_trainer(job: Job, model: nn.Module, recorder: Recorder, num_steps: int, 
             train_dataset=rows,
             data_collator=flattened if job.padding_free else collate,
         ).train()
+    if offloaded is not None:
+        recorder.pinned_peak_bytes = offloaded.peak_bytes
 
 
 class _Batches(list[Any]):

@@ -48,6 +48,8 @@ class Storages:
         """How many blocks of the whole model a traced block stands for, where that is not one."""
         self.host: HostMemory | None = None
         """Where offloaded tensors are, if the job offloads any."""
+        self.pinned_peak_bytes = 0
+        """Of activations in host memory, where all of them are offloaded."""
         self._live: dict[int, int] = {}
         self._emptied: dict[int, int] = {}
         """By storage that was resized to nothing, what it was."""
@@ -212,6 +214,21 @@ class Storages:
         if self.is_new(tensor):
             self._enter(layer)
             self._allocate(tensor, category, name)
+
+    def id_of(self, tensor: torch.Tensor) -> int:
+        """Which recorded storage a tensor is a view of; 0 for none."""
+        return self._live.get(tensor.untyped_storage()._cdata, _NOTHING)
+
+    def record_stream(self, tensor: torch.Tensor) -> None:
+        """Another stream than its own uses it (`Tape.recorded`)."""
+        self.recorded.add(self.id_of(tensor))
+
+    def wait(self) -> None:
+        """The host waits for the device (`Tape.waits`)."""
+        marker = self._record(0, "comm", "the host waits for the device", None)
+        self.waits[marker] = 0
+        self._owner.pop(marker)
+        self.events.append(-marker)
 
     def is_new(self, tensor: Any) -> bool:
         """Whether a tensor is on the device and has not been seen."""

@@ -96,6 +96,7 @@ def trace_job(
     _refuse_untraced(job)
     refuse_left_in_16_bits(job, str(config.get("model_type")))
     # DDP's buckets hold gradients of several blocks; accelerate's `no_sync` and norms are of all blocks at once.
+    whole = whole or job.offload.activations != "none"  # which wait for copies of several blocks
     if not whole and not (job.world_size > 1 and (job.loop == "hf_trainer" or not is_sharded(job))):
         try:
             return _trace(job, config, device, num_steps, whole=False)
@@ -123,6 +124,11 @@ def _refuse_untraced(job: Job) -> None:
         raise TraceError(
             "`use_reentrant` is traced on one GPU: DDP refuses it where it looks for unused parameters",
             hint="use `--engine shape`, which plans it without that",
+        )
+    if job.offload.activations != "none" and is_sharded(job):
+        raise TraceError(
+            "`offload.activations` is not planned with sharded weights, which it takes to the host as well",
+            hint="use `--set parallel.strategy=NO_SHARD`, or `--set activation_offload=true` in its place",
         )
     if job.parallel.fsdp_version == 1:
         raise TraceError(
@@ -197,7 +203,7 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
     return Traced(
         Expansion(recorder, events, recorder.marks, meta.selection),
         ParameterCount(total=total, trainable=trainable, active=None if meta.has_experts() else total),
-        meta.sizes(trainable),
+        meta.sizes(trainable)._replace(offloaded=recorder.pinned_peak_bytes),
         target,
         meta.class_name,
         recorder.unknown_values,
