@@ -93,6 +93,8 @@ def agreeing(job: Job) -> Job:
         changes["lora.train_tokens"] = False
     if changes.get("loop", job.loop) == "memplan":
         changes["kernels"] = "torch"
+    if changes.get("loop", job.loop) != "hf_trainer" or job.activation_offload:
+        changes["offload.activations"] = "none"
     if changes.get("loop", job.loop) != "hf_trainer":
         changes["padding_free"] = False
     if (

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_trainers import model
+import torch
+from tiny_trainers import config, model
 
 from memplan.budget.estimate import estimate_written
 from memplan.hf import preflight
 from memplan.model import architecture_from_config
+from memplan.tracing.estimate import estimate_traced
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -120,3 +123,22 @@ def test_batches_without_padding_are_one_row_under_a_mask(tmp_path: Path, attent
 
     assert planned.peak.allocated_bytes == traced.peak_bytes > padded.peak_bytes
     assert planned.peak.reserved_bytes == traced.result.peak.reserved_bytes
+
+
+def test_its_offload_of_activations_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a job's is, whose head and loss are TRL's; the context manager itself needs a GPU to be made."""
+    device = SimpleNamespace(Stream=lambda: None)
+    options = {"adapters": True, "batch": 2, "length": 256, "gradient_checkpointing": False}
+    kept = preflight(sft_trainer(tmp_path, **options), gpu="24GB")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("meta"))
+        patched.setattr(torch, "get_device_module", lambda *_: device)
+        run = sft_trainer(tmp_path, activation_offloading=True, **options)
+    moved = preflight(run, gpu="24GB")
+
+    assert moved.reasons == ("`activation_offloading`",) and moved.result.engine["name"] == "trace"
+    assert kept.result.job is not None
+    job = kept.result.job.replace(**{"offload.activations": "streams"})
+    described = config(bos_token_id=None, eos_token_id=1, pad_token_id=0).to_dict()
+    planned = estimate_traced(job, described | {"architectures": ["LlamaForCausalLM"]})[1]
+    assert moved.peak_bytes == planned.peak.allocated_bytes < kept.peak_bytes

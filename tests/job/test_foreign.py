@@ -145,6 +145,7 @@ def test_trls_defaults_are_its_own():
         ({"max_length": 4096, "packing": True}, "packing", True),
         ({"packing": True}, "padding_free", True),
         ({"packing": True, "packing_strategy": "wrapped"}, "padding_free", False),
+        ({"activation_offloading": True}, "offload.activations", "streams"),
         ({"padding_free": True}, "padding_free", True),
         ({"max_length": 1000, "pad_to_multiple_of": 64}, "max_seq_len", 1024),
         ({"accelerate_config": "zero2"}, "parallel.dp_shard", 8),
@@ -165,10 +166,11 @@ def test_trls_words(more: dict[str, Any], field: str, value: Any):
 
 
 def test_what_trl_sft_does_not_plan():
-    """Layers that peft chooses, offload of all activations, and a launcher of one's own."""
+    """Layers that peft chooses, activations offloaded beside re-entrant checkpointing, a launcher of one's own."""
     more = {
         "use_peft": True,
         "activation_offloading": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
         "accelerate_config": "my.yaml",
     }
     message = refusal(TRL | more).message
@@ -200,6 +202,12 @@ def test_what_trl_sft_does_not_plan():
         ({"liger_fused_linear_cross_entropy": True}, "loss", "fused"),
         ({"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]}, "loss", "fused"),
         ({"gradient_checkpointing": True, "activation_offloading": "hidden_states"}, "activation_offload", True),
+        ({"gradient_checkpointing": "offload", "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+         "offload.activations", "streams"),
+        ({"gradient_checkpointing": True, "activation_offloading": "legacy", "adapter": None}, "offload.activations",
+         "synchronous"),
+        ({"gradient_checkpointing": True, "activation_offloading": "disk", "adapter": None}, "activation_checkpointing",
+         "full"),
         ({"optimizer": "adamw_torch"}, "optimizer_kernel", "foreach"),
         ({"fsdp_version": 2, "dp_shard_size": 8, "fsdp_config": {"reshard_after_forward": True}},
          "parallel.strategy", "FULL_SHARD"),
@@ -233,7 +241,7 @@ def test_axolotls_words(more: dict[str, Any], field: str, value: Any):
         ({"rl": "dpo"}, "`rl: dpo` is not planned", None),
         ({"optimizer": "muon"}, "`optimizer` cannot be `muon`", "optimizer=adamw"),
         ({"attn_implementation": "flex_attention"}, "attention by `flex_attention`", "attention=sdpa"),
-        ({"gradient_checkpointing": "offload"}, "offload of all activations", "activation_checkpointing=full"),
+        ({"gradient_checkpointing": "offload"}, "offload of all activations", "offload.activations=none"),
         ({"lora_target_linear": None, "lora_target_modules": "q_proj"}, "reaches peft as a pattern for whole names",
          "lora.target_modules=[q_proj]"),
         ({"lora_target_linear": None}, "`lora_target_modules` is missing", "lora.target_modules=all-linear"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -11,33 +13,39 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from memplan.budget.estimate import estimate
 from memplan.budget.host_sizes import pinned_bytes
 from memplan.cli.planning import plan
 from memplan.errors import JobError, TraceError, UnknownModel
 from memplan.job.load import load_job
+from memplan.model import architecture_from_config
 from memplan.tracing import hf_loop
 from memplan.tracing.activation_offload import TRANSFER_STREAM
 from memplan.tracing.replaced import replaced
 from memplan.tracing.writer import Traced, trace_job
 from tracing.tiny import CONFIGS, job
 
-WIDE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8}
-JOBS: dict[str, tuple[str, dict[str, Any]]] = {
-    "full": ("llama", {}),
-    "lora": ("llama", {"method": "lora"}),
-    "lora, autocast, accumulated": (
+DEEP = {"num_hidden_layers": 8, "n_layer": 8}
+"""More blocks than saved tensors are kept for their copies."""
+
+JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "full": ("llama", "streams", {}),
+    "lora, in line": ("qwen2, tied", "synchronous", {"method": "lora", "attention": "eager"}),
+    "qlora": ("qwen3", "streams", {"method": "qlora", "dtype": "bfloat16"}),
+    "checkpointed, autocast, accumulated": (
         "llama",
-        {"method": "lora", "autocast": "bfloat16", "gradient_accumulation_steps": 2},
+        "streams",
+        {
+            "activation_checkpointing": "full", "dtype": "float32", "autocast": "bfloat16",
+            "gradient_accumulation_steps": 2,
+        },
     ),
-    "qlora": ("qwen3", {"method": "qlora"}),
-    "full, checkpointed, autocast": (
-        "qwen2, tied",
-        {"activation_checkpointing": "full", "dtype": "float32", "autocast": "bfloat16"},
+    "lora, checkpointed": ("gpt2", "streams", {"method": "lora", "activation_checkpointing": "full"}),
+    "checkpointed, in line": ("llama", "synchronous", {"activation_checkpointing": "full"}),
+    "two replicas, TRL's head": (
+        "llama", "streams", {"method": "lora", "parallel__dp_replicate": 2, "loss": "chunked"}
     ),
-    "lora, checkpointed": ("gpt2", {"method": "lora", "activation_checkpointing": "full"}),
-    "eager attention": ("llama", {"attention": "eager"}),
-    "two replicas": ("llama", {"method": "lora", "parallel__dp_replicate": 2}),
-}
+}  # fmt: skip
 
 
 class _Stream:
@@ -102,8 +110,6 @@ class Judge:
             offload.peak_bytes = 0
             return offload
 
-        from contextlib import ExitStack
-
         with (
             ExitStack() as stack,
             patch.object(hf_loop, "OffloadedActivations", make),
@@ -122,13 +128,12 @@ def what_happens(traced: Traced) -> list[tuple[int, int]]:
     ]
 
 
-@pytest.mark.parametrize("mode", ["streams", "synchronous"])
-@pytest.mark.parametrize(("model", "settings"), JOBS.values(), ids=JOBS)
-def test_what_moves_is_what_trl_moves(model: str, settings: dict[str, Any], mode: str) -> None:
+@pytest.mark.parametrize(("model", "mode", "settings"), JOBS.values(), ids=JOBS)
+def test_what_moves_is_what_trl_moves(model: str, mode: str, settings: dict[str, Any]) -> None:
     """Same tensors, same order, same streams, same blocks handed over, same pinned memory."""
     pytest.importorskip("trl")
-    config = CONFIGS[model] | (WIDE if model != "gpt2" else {"n_embd": 128, "n_layer": 8})
-    task = job(loop="hf_trainer", offload__activations=mode, max_seq_len=256, **settings)
+    config = CONFIGS[model] | (DEEP if settings.get("activation_checkpointing") else {})
+    task = job(loop="hf_trainer", offload__activations=mode, **settings)
     ours = trace_job(task, config)
     judge = Judge()
     with judge.in_place():
@@ -137,3 +142,46 @@ def test_what_moves_is_what_trl_moves(model: str, settings: dict[str, Any], mode
     assert what_happens(ours) == what_happens(theirs)
     assert len(ours.flatten().recorded) == len(theirs.flatten().recorded)
     assert ours.sizes.offloaded == judge.pinned_peak_bytes > 0
+
+
+def test_it_takes_memory_of_the_host_in_place_of_the_gpus(tmp_path: Path) -> None:
+    """Through the command's way to a plan, which leaves such a job to the trace."""
+    config = CONFIGS["llama"] | {"num_hidden_layers": 12, "hidden_size": 128, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = [f"model={tmp_path / 'config.json'}", "loop=hf_trainer", "method=lora", "max_seq_len=512"]
+    kept, moved = (
+        plan(load_job(None, [*asked, f"offload.activations={mode}"])).result for mode in ("none", "streams")
+    )
+
+    assert (kept.engine["name"], moved.engine["name"]) == ("shape", "trace")
+    assert moved.peak.allocated_bytes < 0.7 * kept.peak.allocated_bytes
+    assert kept.host is not None and moved.host is not None
+    (line,) = [line for line in moved.host.budget if line.category == "activations"]
+    assert line.bytes > kept.peak.allocated_bytes - moved.peak.allocated_bytes
+
+
+def test_values_that_are_known_come_back_with_their_tensor() -> None:
+    """The mask of TRL's loss, large enough to be moved, selects what has a gradient."""
+    pytest.importorskip("trl")
+    task = job(loop="hf_trainer", offload__activations="streams", loss="chunked", max_seq_len=1024)
+    assert trace_job(task, CONFIGS["llama"]).sizes.offloaded > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"loop": "memplan"}, JobError, "which `loop: memplan` does not have"),
+        ({"activation_checkpointing": "full", "activation_offload": True}, JobError, "`activation_offload` moves too"),
+        ({"loss": "fused"}, TraceError, "takes a model that Liger has changed, which is not traced"),
+        ({"parallel__strategy": "FULL_SHARD", "parallel__dp_shard": 2}, TraceError, "with sharded weights"),
+    ],
+)  # fmt: skip
+def test_what_is_not_planned_is_refused(fields: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        trace_job(job(**{"loop": "hf_trainer", "offload__activations": "streams"} | fields), CONFIGS["llama"])
+
+
+def test_the_shape_writer_leaves_it_to_the_trace() -> None:
+    architecture = architecture_from_config(CONFIGS["llama"], name="tiny", source="test")
+    with pytest.raises(UnknownModel, match="by a trace of the step alone"):
+        estimate(job(loop="hf_trainer", offload__activations="streams"), architecture)

@@ -16,6 +16,7 @@ from memplan.model.architecture import Architecture
 from memplan.model.stored import read_stored
 from memplan.tape.stored import as_stored
 from memplan.tape.tape import WrittenTape
+from memplan.tape.writer import by_trace_alone
 from memplan.tracing.estimate import estimate_traced, missing_software
 from memplan.tracing.lean import without_the_unused
 
@@ -97,8 +98,9 @@ def plan(loaded: LoadedJob, engine: str = "auto", *, alone: bool = False) -> Pla
     except UnknownModel as error:
         unknown = error
     if unknown is None and job.offload.activations != "none":
-        architecture = None
-        unknown = UnknownModel("`offload.activations` is planned by a trace alone")
+        if engine == "shape":
+            raise by_trace_alone()
+        architecture, unknown = None, by_trace_alone()
     if unknown is not None and (engine == "shape" or (engine == "auto" and missing_software())):
         raise UnknownModel(
             unknown.message,

@@ -87,7 +87,8 @@ def activations(job: Job, architecture: Architecture | Outline) -> Dimension | N
                     slowdown=round(slowdown, 4),
                 )
             )
-    if not job.activation_offload and not (lacks_reentrant or (job.use_reentrant and job.loop != "memplan")):
+    is_offloaded = job.activation_offload or job.offload.activations != "none"
+    if not is_offloaded and not (lacks_reentrant or (job.use_reentrant and job.loop != "memplan")):
         settings: dict[str, Any] = {"activation_offload": True}
         slowdown = costs.ACTIVATION_OFFLOAD_SLOWDOWN
         if edits:

@@ -40,6 +40,11 @@ def check_trainer(job: Job) -> None:
             "transformers' Trainer (`loop: hf_trainer`) has no `offload.optimizer` but DeepSpeed's",
             hint="use `--set loop=memplan`, or `--set offload.optimizer=false`",
         )
+    if job.offload.activations != "none":
+        raise RunError(
+            "`offload.activations` is of TRL's and axolotl's Trainers, which memplan runs none of",
+            hint="use `memplan estimate`, which plans it, or `--set offload.activations=none`",
+        )
     if _offloads(job) and not _knows_offload():
         raise RunError(
             "the Trainer of the installed transformers has no `activation_offload`",

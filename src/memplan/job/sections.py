@@ -200,8 +200,8 @@ class Offload:
     optimizer: bool = setting(False, "Optimizer states and step on the host")
     activations: str = setting(
         "none",
-        "All that backward needs, as TRL's `activation_offloading` moves it: beside the step (`streams`), or waited for "
-        "(`synchronous`, axolotl's `legacy`). Traced, with `loop: hf_trainer`",
+        "All that backward needs, as TRL's `activation_offloading` moves it: beside the step (`streams`), or waited "
+        "for (`synchronous`, axolotl's `legacy`). Traced, with `loop: hf_trainer`",
         choices=("none", "streams", "synchronous"),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.budget.result import Result
+from memplan.budget.result import Host, Result
 from memplan.render.screen import Screen, Segment, clip, columns, gib
 from memplan.render.timeline import draw_timeline, in_reach
 from memplan.render.words import (
@@ -86,9 +86,7 @@ def totals(screen: Screen, result: Result) -> None:
         ["device", format_bytes(peak.device_bytes), "what nvidia-smi shows, with room to spare"],
     ]
     if result.host is not None:
-        cache = result.host.page_cache_bytes
-        files = f"; besides, files of {format_bytes(cache)} in the page cache" if cache else ""
-        rows.append(["host RAM", format_bytes(result.host.peak_bytes), f"per node, loading included{files}"])
+        rows.append(["host RAM", format_bytes(result.host.peak_bytes), _of_host(result.host)])
     if result.parameters is not None:
         total, trainable = result.parameters.total, result.parameters.trainable
         share = 100 * trainable / max(total, 1)
@@ -96,6 +94,16 @@ def totals(screen: Screen, result: Result) -> None:
     screen.line()
     for line in columns(rows, right=[1]):
         screen.line(line)
+
+
+def _of_host(host: Host) -> str:
+    """What the RAM is of, where loading takes most, and what the files take beside it."""
+    loading = [line for line in host.budget if line.category == "loading" and line.bytes == host.peak_bytes]
+    what = f"while it loads: {loading[0].note}" if loading and loading[0].note else "loading included"
+    cache = host.page_cache_bytes
+    return f"per node, {what}" + (
+        f"; besides, files of {format_bytes(cache)} in the page cache" if cache else ""
+    )
 
 
 def timeline(screen: Screen, result: Result) -> None:

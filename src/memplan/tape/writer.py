@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from memplan.errors import UnknownModel
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 from memplan.tape.behaviour import Behaviour
@@ -34,6 +35,8 @@ def write_tape(
     `device` is `cuda` or `cpu`: kernels differ in what they allocate. Raises UnknownModel where there is no program,
     JobError where the job asks for what no loop does.
     """
+    if job.offload.activations != "none":
+        raise by_trace_alone()
     architecture = with_special_tokens(job, architecture)
     if zero_stage(job):  # partitions and buckets end inside blocks, so that no two blocks need be alike
         behaviour = behaviour or replace(Behaviour.for_model(job, architecture.family), float_output=False)
@@ -63,6 +66,13 @@ def write_tape(
     except NotRepeatable:
         selection = _every_block(architecture)
         return _expand(job, architecture, selection, device, behaviour, num_steps, first_step, read_bytes)
+
+
+def by_trace_alone() -> UnknownModel:
+    """What a job with `offload.activations` is told: what backward needs, tensor by tensor, strides are part of."""
+    return UnknownModel(
+        "`offload.activations` is planned by a trace of the step alone", hint="use `--engine trace`"
+    )
 
 
 def _every_block(architecture: Architecture) -> Selection:

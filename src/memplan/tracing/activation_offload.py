@@ -45,7 +45,7 @@ class _Kept:
 class _Moved:
     """A saved tensor in host memory: what it takes to make it again."""
 
-    __slots__ = ("dtype", "num_bytes", "offset", "shape", "storage_bytes", "stride")
+    __slots__ = ("dtype", "num_bytes", "offset", "shape", "storage_bytes", "stride", "values")
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
@@ -54,6 +54,8 @@ class _Moved:
         is_broadcast = 0 in self.stride
         self.storage_bytes = tensor.untyped_storage().nbytes() if is_broadcast else tensor.nbytes
         self.num_bytes = pinned_bytes(self.storage_bytes)
+        self.values = getattr(tensor, "_shadow", None)
+        """Where they are known (shadow.py)."""
 
 
 class OffloadedActivations(saved_tensors_hooks):
@@ -194,7 +196,8 @@ class OffloadedActivations(saved_tensors_hooks):
         flat = torch.empty(saved.storage_bytes // saved.dtype.itemsize, dtype=saved.dtype, device="meta")
         self.recorder.name(flat, "activations", "activation copied from host memory")
         with _disable_current_modes():
-            return flat.as_strided(saved.shape, saved.stride, saved.offset)
+            tensor = flat.as_strided(saved.shape, saved.stride, saved.offset)
+        return tensor if saved.values is None else self.recorder.shadows.give(tensor, saved.values)
 
     @contextmanager
     def _beside(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from memplan.errors import TraceError
 from memplan.job.spec import AllocatorSettings, Job
+from memplan.tracing.activation_offload import OffloadedActivations
 from memplan.tracing.build import META
 from memplan.tracing.hf_loop import MICRO_BATCHES, apart, pretend_meta, saved_by, unwrapped
 from memplan.tracing.host import HostMover
@@ -160,6 +161,11 @@ def _stand_in(
         accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
     prepare = accelerator.prepare_model
     accelerator.prepare_model = lambda module, **_: prepare(module, device_placement=False)
+    if getattr(trainer.args, "activation_offloading", False) is True and device == "cuda":
+        # TRL has told the head already to leave alone what it saves.
+        stand_in.maybe_activation_offload_context = OffloadedActivations(
+            recorder, trainer.model, streams=True
+        )
     return stand_in
 
 

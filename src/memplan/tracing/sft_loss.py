@@ -15,7 +15,8 @@ def check_trl() -> None:
     hint = 'use `--engine shape` where that plans the job, or pip install "trl>=1.16"'
     if find_spec("trl") is None:
         raise TraceError(
-            "`loss: chunked` of `loop: hf_trainer` is that of TRL's SFTTrainer, which is not installed", hint=hint
+            "`loss: chunked` of `loop: hf_trainer` is that of TRL's SFTTrainer, which is not installed",
+            hint=hint,
         )
     if not hasattr(import_module("trl.trainer.utils"), "add_fused_lm_head"):
         raise TraceError("the installed TRL has another head and loss than 1.16", hint=hint)
@@ -26,7 +27,7 @@ def sft_loss(kind: Any) -> Any:
     from trl.trainer.sft_trainer import SFTTrainer
     from trl.trainer.utils import add_fused_lm_head
 
-    class WithLoss(kind):  # type: ignore[misc]
+    class WithLoss(kind):
         compute_loss = SFTTrainer.compute_loss
         aux_loss_enabled = False
         _tp_size = 1

@@ -125,6 +125,11 @@ def _refuse_untraced(job: Job) -> None:
             "`use_reentrant` is traced on one GPU: DDP refuses it where it looks for unused parameters",
             hint="use `--engine shape`, which plans it without that",
         )
+    if job.offload.activations != "none" and job.use_reentrant and job.activation_checkpointing != "none":
+        raise TraceError(
+            "`offload.activations` is not planned beside `use_reentrant`, whose recomputation saves tensors anew",
+            hint="use `--set use_reentrant=false`",
+        )
     if job.offload.activations != "none" and is_sharded(job):
         raise TraceError(
             "`offload.activations` is not planned with sharded weights, which it takes to the host as well",

@@ -81,7 +81,7 @@ def read_axolotl(keys: Keys) -> None:
         keys.refuse(key, _PLAIN)
     _read_precision(keys)
     _read_batch(keys)
-    _read_checkpointing(keys)
+    _read_checkpointing(keys, has_adapters=has_adapters)
     _read_attention(keys)
     cuts = _read_kernels(keys, has_adapters=has_adapters)
     _read_tokens(keys)
@@ -215,24 +215,39 @@ def _read_batch(keys: Keys) -> None:
     keys.take("pretraining_dataset")
 
 
-def _read_checkpointing(keys: Keys) -> None:
+def _read_checkpointing(keys: Keys, *, has_adapters: bool) -> None:
     line = keys.line("gradient_checkpointing")
     word = (keys.text("gradient_checkpointing") or "false").lower()
     offload = (keys.text("activation_offloading") or "false").lower()
     options = keys.section("gradient_checkpointing_kwargs")
     is_reentrant = options.flag("use_reentrant", True)  # utils/config, normalize_config
     if word in ("offload", "offload_disk") or offload not in ("false", "hidden_states"):
-        keys.gap(
-            "axolotl's offload of all activations in place of checkpointing is not planned",
-            "`--set activation_checkpointing=full` plans checkpointing, on the GPU or with `activation_offload`",
-            line=line,
-            field="activation_checkpointing",
-        )
+        _read_offload(keys, offload, line, beside_reentrant=has_adapters and is_reentrant)
         return
     keys.put("activation_checkpointing", word, "gradient_checkpointing", line)
     keys.put("activation_offload", offload == "hidden_states", "activation_offloading")
     put_reentrant(keys, is_reentrant)
     keys.refuse("selective_checkpointing", "`--set activation_checkpointing=full` plans that of whole blocks")
+
+
+def _read_offload(keys: Keys, offload: str, line: int | None, *, beside_reentrant: bool) -> None:
+    """
+    Offload of all activations, by TRL's context manager, with streams but for `legacy`. Blocks are checkpointed too:
+    axolotl wraps them for full fine-tuning, and has switched that on in the model where there are adapters
+    (loaders/model.py, _apply_activation_checkpointing, _configure_embedding_dtypes).
+    """
+    keys.put("activation_checkpointing", "full", "gradient_checkpointing", line)
+    if beside_reentrant:
+        keys.gap(
+            "axolotl's offload of all activations beside re-entrant checkpointing, its default, is not planned",
+            "`gradient_checkpointing_kwargs: {use_reentrant: false}` in the file is; `--set offload.activations=none` "
+            "plans checkpointing alone",
+            line=line,
+            field="offload.activations",
+        )
+        return
+    mode = "synchronous" if offload == "legacy" else "streams"
+    keys.put("offload.activations", mode, "activation_offloading", line)
 
 
 def _read_attention(keys: Keys) -> None:

@@ -119,12 +119,18 @@ def _read_method(keys: Keys) -> None:
 def _read_checkpointing(keys: Keys) -> None:
     key = "activation_checkpointing" if "activation_checkpointing" in keys else "gradient_checkpointing"
     keys.move(key, "activation_checkpointing", "full")
-    put_reentrant(keys, keys.section(f"{key}_kwargs").flag("use_reentrant"))
-    hint = (
-        "`--set activation_checkpointing=full` plans checkpointing, on the GPU or with `activation_offload`"
-    )
-    if keys.flag("activation_offloading"):
-        keys.gap("TRL's offload of all activations is not planned", hint, field="activation_checkpointing")
+    is_reentrant = keys.section(f"{key}_kwargs").flag("use_reentrant")
+    put_reentrant(keys, is_reentrant)
+    if not keys.flag("activation_offloading"):
+        return
+    if is_reentrant and keys.value("activation_checkpointing") not in ("none", None):
+        keys.gap(
+            "TRL's offload of all activations beside re-entrant checkpointing is not planned",
+            "`use_reentrant: false` in the file is; `--set offload.activations=none` plans checkpointing alone",
+            field="offload.activations",
+        )
+    else:
+        keys.put("offload.activations", "streams", "activation_offloading")
 
 
 def _read_loss(keys: Keys) -> None:
