@@ -98,7 +98,7 @@ def job_phrase(job: Job) -> str:
     checkpointing = "no" if job.activation_checkpointing == "none" else job.activation_checkpointing
     return ", ".join(
         (
-            f"{method} on {job.model} in {'8 bits and ' if job.has_8bit_base else ''}{job.dtype}",
+            f"{method} on {job.model} in {job.dtype}",
             *([f"autocast to {job.autocast}"] if job.autocast else []),
             size,
             f"{checkpointing} checkpointing",
