@@ -25,21 +25,25 @@ BITSANDBYTES = {
     "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
     "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": None,
 }  # fmt: skip
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True, "checkpoint_format": "gptq"}
 
 
-def write(folder: Path, **keys: Any) -> Path:
+def write(folder: Path, base: dict[str, Any] = BITSANDBYTES, **keys: Any) -> Path:
     """A config.json with this `quantization_config`."""
     path = folder / "config.json"
-    path.write_text(json.dumps(LLAMA | {"quantization_config": BITSANDBYTES | keys}))
+    path.write_text(json.dumps(LLAMA | {"quantization_config": base | keys}))
     return path
 
 
 def test_what_bitsandbytes_stores() -> None:
     """With the defaults of transformers' BitsAndBytesConfig for what is absent, and names of the first versions."""
     of = {"quantization_config": BITSANDBYTES | {"llm_int8_skip_modules": ["lm_head", "q_proj"]}}
-    assert Stored("nf4", True, "uint8", "bfloat16", ("lm_head", "q_proj")) == read_stored(of, "m")
+    skip = ("lm_head", "q_proj")
+    assert read_stored(of, "m") == Stored("nf4", True, compute_dtype="bfloat16", skip=skip)
     bare = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_storage": "torch.bfloat16"}}
-    assert Stored("fp4", False, "bfloat16", "float32", None) == read_stored(bare, "m")
+    assert read_stored(bare, "m") == Stored("fp4", storage="bfloat16", compute_dtype="float32")
+    in_bytes = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    assert read_stored(in_bytes, "m") == Stored("int8")
     assert read_stored({}, "m") is None and read_stored({"quantization_config": None}, "m") is None
 
 
@@ -50,7 +54,15 @@ def test_what_bitsandbytes_stores() -> None:
         ({"quant_method": "mxfp4"}, r"\(mxfp4\)", r"Mxfp4Config\(dequantize=True\)"),
         ({"quant_method": "fp8"}, r"\(fp8\)", r"FineGrainedFP8Config\(dequantize=True\)"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors", "CompressedTensorsConfig"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8 bits", "made from"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0},
+            "llm_int8_threshold: 0.0",
+            "made from",
+        ),
+        (GPTQ | {"bits": 8}, "bits: 8", "made from"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format", "made from"),
+        (GPTQ | {"dynamic": {"-:.*down.*": {}}}, "dynamic", "made from"),
+        (GPTQ | {"group_size": 0}, "group_size: 0", "made from"),
         ({"bits": 4}, "method not stated", "made from"),
         (BITSANDBYTES | {"bnb_4bit_quant_type": 4}, "bnb_4bit_quant_type: 4", "made from"),
         (BITSANDBYTES | {"llm_int8_skip_modules": "lm_head"}, "no list of names", "made from"),
@@ -71,6 +83,31 @@ def test_what_is_not_planned(given: Any, says: str, hint: str) -> None:
     assert refusal.value.hint
     with pytest.raises(NotTrained, match=hint):
         raise NotTrained(refusal.value.hint)
+
+
+@pytest.mark.parametrize("engine", ["shape", "trace"])
+def test_a_checkpoint_of_gptq(tmp_path: Path, engine: str) -> None:
+    """What the job leaves open is as transformers' Trainer trains it, in float16."""
+    if engine == "trace":
+        pytest.importorskip("peft")
+    loaded = read_job(None, [f"model={write(tmp_path, GPTQ)}", "max_seq_len=32", "lora.rank=4"], {})
+    job = loaded.job
+    assert (job.method, job.loop, job.dtype) == ("qlora", "hf_trainer", "float16")
+    assert (job.quantization.type, job.quantization.group_size) == ("gptq", 64)
+    result = plan(loaded, engine).result
+    in_blocks = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    packed = in_blocks // 2 * (1 + 1 / 64)  # a zero of 4 bits for 64 weights
+    (held,) = (line.bytes for line in result.phases[0].budget if line.category == "weights")
+    others = 2 * 2 * 512 * 64 + 5 * 2 * 64  # embeddings and head, norms
+    assert held == pytest.approx(packed + others, rel=0.2)  # small tensors take whole blocks
+
+    whole = read_job(None, [f"model={write(tmp_path, GPTQ, group_size=-1)}"], {}).job
+    assert whole.quantization.group_size is None
+    asked = read_job(None, [f"model={tmp_path}", "loop=script", "dtype=bfloat16"], {})
+    assert asked.job.loop == "script"
+    with pytest.raises(JobError, match="GPTQ's scales are float16") as refusal:
+        plan(asked, engine)
+    assert "dtype: float16" in (refusal.value.hint or "")
 
 
 @pytest.mark.parametrize("engine", ["shape", "trace"])

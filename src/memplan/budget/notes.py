@@ -103,6 +103,12 @@ def optimizer_notes(job: Job) -> tuple[str, ...]:
 def architecture_notes(job: Job, architecture: Architecture) -> tuple[str, ...]:
     """Sentences; empty for most decoders."""
     notes = []
+    if job.has_gptq_base:
+        notes.append(
+            "weights in GPTQ's format: planned as gptqmodel 7.3 trains (`backend: auto_trainable`), read from its "
+            "source and not measured: a weight is dequantised by one kernel, which torch.compile makes, and kept in "
+            "float16 until backward"
+        )
     if job.data.special_tokens and architecture.tokenizer_size is None and not architecture.is_resized:
         rows = num_embeddings(job, architecture.vocab_size)
         notes.append(

@@ -51,7 +51,8 @@ def read_job(source: str | None, overrides: Sequence[str] | None, flags: Mapping
     with suppress(MemplanError):
         stored = read_stored(resolved.config, resolved.name)
         if stored is not None:
-            job, changes = as_stored(job, stored)
+            given = [name for name, origin in loaded.origins.items() if origin not in _DEFAULTS]
+            job, changes = as_stored(job, stored, given=given)
             notes += changes
     return loaded._replace(job=job, notes=notes)
 

@@ -62,7 +62,7 @@ def candidate_edits(
         candidates += [target_modules(job, architecture), rank(job), npt_layers(job, architecture)]
     if can_make is not None:
         candidates = [each.restricted(can_make) for each in candidates if each is not None]
-    if architecture.stored is not None:
+    if architecture.stored is not None or job.has_gptq_base:
         keeps = partial(agrees, job, architecture.stored)
         candidates = [each.restricted(keeps) for each in candidates if each is not None]
     return tuple(candidate for candidate in candidates if candidate is not None)

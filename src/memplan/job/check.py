@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from memplan.job.check_adapters import check_copies, check_special_tokens, check_targets
+from memplan.job.check_gptq import check_gptq_base
 from memplan.job.check_sharding import (
     check_8bit_base,
     check_degrees,
@@ -29,6 +30,7 @@ def check_job(job: Job) -> list[Conflict]:
         check_fsdp1,
         check_storage,
         check_8bit_base,
+        check_gptq_base,
         _check_npt_strategy,
         _check_low_bit,
         _check_padding_free,

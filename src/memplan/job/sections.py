@@ -156,8 +156,12 @@ class Quantization:
 
     type: str = setting(
         "nf4",
-        "Data type: `nf4` and `fp4` have 4 bits; `int8` is LLM.int8(), `load_in_8bit` of transformers",
-        choices=("nf4", "fp4", "int8"),
+        "Data type: `nf4` and `fp4` have 4 bits; `int8` is LLM.int8(), `load_in_8bit` of transformers; `gptq` is a "
+        "checkpoint in 4 bits of GPTQ",
+        choices=("nf4", "fp4", "int8", "gptq"),
+    )
+    group_size: int | None = setting(
+        128, "Inputs that share a scale, for `quantization.type: gptq`; null: all of a layer", minimum=1
     )
     double_quant: bool = setting(True, "Quantise the quantisation constants of 4 bits too")
     storage: str = setting(

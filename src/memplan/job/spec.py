@@ -125,6 +125,11 @@ class Job:
         return self.method == "qlora" or (self.method == "npt" and self.npt.quantized_base)
 
     @property
+    def has_gptq_base(self) -> bool:
+        """Whether they are stored as GPTQ packs them."""
+        return self.has_quantized_base and self.quantization.type == "gptq"
+
+    @property
     def has_8bit_base(self) -> bool:
         """Whether they are stored in 8 bits, as LLM.int8() does it."""
         return self.has_quantized_base and self.quantization.type == "int8"

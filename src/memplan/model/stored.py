@@ -31,31 +31,43 @@ class Stored(NamedTuple):
     """Weights that are stored quantised, in the words of a job's `quantization`."""
 
     type: str
-    """`nf4` or `fp4`."""
-    double_quant: bool
+    """`nf4`, `fp4`, `int8` or `gptq`."""
+    double_quant: bool = False
     storage: str = "uint8"
-    """dtype of the tensors that hold them."""
-    compute_dtype: str = "float32"
-    """What products are computed in."""
+    """dtype of the tensors that hold 4 bits of bitsandbytes."""
+    compute_dtype: str | None = None
+    """What their products are computed in; None where that is not the checkpoint's matter."""
+    group_size: int | None = None
+    """Inputs that share a scale in GPTQ's format; None: all."""
     skip: tuple[str, ...] | None = None
     """Linear layers that are not quantised; None: the head."""
 
     @property
     def words(self) -> str:
         """
-        >>> Stored("nf4", True).words
-        '4 bits (bitsandbytes, nf4)'
+        >>> Stored("nf4").words, Stored("int8").words, Stored("gptq").words
+        ('4 bits (bitsandbytes, nf4)', '8 bits (bitsandbytes)', '4 bits (GPTQ)')
         """
-        return f"4 bits (bitsandbytes, {self.type})"
+        known = {"int8": "8 bits (bitsandbytes)", "gptq": "4 bits (GPTQ)"}
+        return known.get(self.type, f"4 bits (bitsandbytes, {self.type})")
 
     def settings(self) -> dict[str, Any]:
         """The fields of a job that say the same."""
-        fields: dict[str, Any] = {
-            "quantization.type": self.type,
-            "quantization.double_quant": self.double_quant,
-            "quantization.storage": self.storage,
-        }
+        fields: dict[str, Any] = {"quantization.type": self.type}
+        if self.type == "gptq":
+            fields["quantization.group_size"] = self.group_size
+        elif self.type != "int8":
+            fields |= {
+                "quantization.double_quant": self.double_quant,
+                "quantization.storage": self.storage,
+            }
         return fields if self.skip is None else fields | {"quantization.skip": self.skip}
+
+    def preferences(self) -> dict[str, Any]:
+        """What a job that leaves these fields open had best say: what the checkpoint is made for."""
+        if self.type == "gptq":
+            return {"dtype": "float16", "loop": "hf_trainer"}
+        return {} if self.compute_dtype is None else {"dtype": self.compute_dtype}
 
 
 def read_stored(config: Mapping[str, Any], name: str) -> Stored | None:
@@ -63,22 +75,26 @@ def read_stored(config: Mapping[str, Any], name: str) -> Stored | None:
     The storage that a `config.json` names; None for plain numbers.
 
     Raises:
-        NotTrained: for what is not planned: GPTQ, AWQ, fp8, mxfp4, 8 bits of bitsandbytes and others, and for
-            checkpoints of bitsandbytes in which blocks differ.
+        NotTrained: for what is not planned: AWQ, fp8, mxfp4 and others, other bits of GPTQ, and checkpoints in which
+            blocks differ.
     """
     given = config.get("quantization_config") or config.get("compression_config")
     if not given:
         return None
     given = given if isinstance(given, Mapping) else {}
     method = given.get("quant_method")
-    in_4_bits = given.get("load_in_4bit", given.get("_load_in_4bit", False))
-    if method is None and in_4_bits:
+    in_bits = {
+        bits: given.get(f"load_in_{bits}bit", given.get(f"_load_in_{bits}bit")) is True for bits in (4, 8)
+    }
+    if method is None and any(in_bits.values()):
         method = "bitsandbytes"  # transformers before 4.32 wrote none
-    if method == "bitsandbytes" and in_4_bits is True:
-        return _of_bitsandbytes(given, name)
-    words = "bitsandbytes, 8 bits" if method == "bitsandbytes" else method or "method not stated"
+    if method == "bitsandbytes" and any(in_bits.values()):
+        return _of_bitsandbytes(given, name, bits=4 if in_bits[4] else 8)
+    if method == "gptq":
+        return _of_gptq(given, name)
     raise NotTrained(
-        f"The weights of {name} are stored quantised ({words}), and of that only 4 bits of bitsandbytes are understood",
+        f"The weights of {name} are stored quantised ({method or 'method not stated'}), and of that bitsandbytes and "
+        "GPTQ alone are understood",
         hint=_HINTS.get(str(method), _OTHER_HINT),
     )
 
@@ -93,14 +109,52 @@ def of_single_blocks(names: Collection[str]) -> list[str]:
     return [name for name in names if _OF_A_BLOCK.search(name)]
 
 
-def _of_bitsandbytes(given: Mapping[str, Any], name: str) -> Stored:
-    """Keys and defaults of transformers' BitsAndBytesConfig."""
-    kind, skipped = given.get("bnb_4bit_quant_type", "fp4"), given.get("llm_int8_skip_modules")
-    if kind not in ("nf4", "fp4"):
+def _of_gptq(given: Mapping[str, Any], name: str) -> Stored:
+    """Keys and defaults of transformers' GPTQConfig, and those of gptqmodel for layers that differ."""
+    plain: dict[str, tuple[Any, ...]] = {
+        "bits": (4,),
+        "checkpoint_format": (None, "gptq", "gptq_v2"),
+        "format": (None, "gptq", "gptq_v2"),
+        "pack_dtype": (None, "int32"),
+        "lm_head": (None, False),
+        "dynamic": (None, {}),
+        "modules_in_block_to_quantize": (None,),
+        "is_marlin_format": (None, False),
+    }
+    for key, values in plain.items():
+        if given.get(key) not in values:
+            raise NotTrained(
+                f"{name} is stored in GPTQ's format with `{key}: {json.dumps(given.get(key))}`, and of it 4 bits in "
+                "every linear layer of the blocks are planned",
+                hint=_OTHER_HINT,
+            )
+    group_size = given.get("group_size", 128)
+    if (
+        isinstance(group_size, bool)
+        or not isinstance(group_size, int)
+        or (group_size < 1 and group_size != -1)
+    ):
         raise NotTrained(
-            f"{name} has `bnb_4bit_quant_type: {json.dumps(kind)}`, which bitsandbytes does not know",
+            f"{name} has `group_size: {json.dumps(group_size)}`, and GPTQ's is a positive number, or -1",
             hint=_OTHER_HINT,
         )
+    return Stored("gptq", group_size=None if group_size == -1 else group_size)
+
+
+def _of_bitsandbytes(given: Mapping[str, Any], name: str, *, bits: int) -> Stored:
+    """Keys and defaults of transformers' BitsAndBytesConfig."""
+    kind = given.get("bnb_4bit_quant_type", "fp4") if bits == 4 else "int8"
+    skipped = given.get("llm_int8_skip_modules")
+    odd = {
+        "bnb_4bit_quant_type": kind not in ("nf4", "fp4", "int8"),
+        "llm_int8_threshold": bits == 8 and given.get("llm_int8_threshold", 6.0) != 6.0,
+        "llm_int8_has_fp16_weight": bits == 8 and given.get("llm_int8_has_fp16_weight", False) is not False,
+    }
+    for key, is_odd in odd.items():
+        if is_odd:
+            raise NotTrained(
+                f"{name} has `{key}: {json.dumps(given[key])}`, which is not planned", hint=_OTHER_HINT
+            )
     if skipped is not None and not (
         isinstance(skipped, list) and all(isinstance(item, str) for item in skipped)
     ):
@@ -109,13 +163,16 @@ def _of_bitsandbytes(given: Mapping[str, Any], name: str) -> Stored:
     if single:
         raise NotTrained(
             f"{name} keeps modules of single blocks in 16 bits, such as `{single[0]}`, and plans take blocks for alike",
-            hint="Name a checkpoint of the model whose blocks are all in 4 bits, or the one it was made from with "
+            hint="Name a checkpoint of the model whose blocks are all quantised, or the one it was made from with "
             "`method: qlora`; `MemplanCallback()` in the Trainer of a script plans the model as it is",
         )
+    skip = None if skipped is None else tuple(skipped)
+    if bits == 8:
+        return Stored("int8", skip=skip)
     return Stored(
         kind,
         double_quant=bool(given.get("bnb_4bit_use_double_quant", False)),
         storage=str(given.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch."),
         compute_dtype=str(given.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."),
-        skip=None if skipped is None else tuple(skipped),
+        skip=skip,
     )

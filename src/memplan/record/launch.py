@@ -69,7 +69,7 @@ def begin_record(
         )
     if model_config is None:
         model_config = resolve_config(loaded.job.model, base_dir=loaded.base_dir).config
-    if model_config.get("quantization_config"):
+    if model_config.get("quantization_config") or loaded.job.has_gptq_base:
         raise RecordError(
             f"the weights of `{loaded.job.model}` are stored quantised, and recordings draw plain numbers",
             hint="name the checkpoint it was made from, with `method: qlora` to store the base in 4 bits",

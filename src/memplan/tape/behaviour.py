@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from memplan.job.spec import Job
@@ -12,6 +12,7 @@ from memplan.tape.liger import FAMILIES as LIGER_FAMILIES
 from memplan.tape.multiprocessors import A100, Multiprocessors, multiprocessors
 from memplan.tape.sharding import SHARDED
 from memplan.tape.software import (
+    GptqSoftware,
     compute_capability,
     cublas_workspace,
     cublaslt_workspace,
@@ -239,6 +240,8 @@ class Behaviour:
     a `device_map`: it takes one block of the model's size and frees it, and the tensors are cut from that segment
     (transformers 5, modeling_utils.py, caching_allocator_warmup).
     """
+    gptq: GptqSoftware = field(default_factory=GptqSoftware)
+    """What computes with weights that GPTQ has quantised."""
     packs_subclasses: bool = False
     """
     `from_pretrained` packs subclasses of torch's linear layer, such as Falcon's, into 4 bits as well: transformers
@@ -306,6 +309,7 @@ class Behaviour:
             reentrant=reentrant,
             loads_on_device=(script or trainer)
             and job.has_quantized_base
+            and not job.has_gptq_base  # on the host, and the Trainer moves it (quantizers/quantizer_gptq.py)
             and job.parallel.strategy in ("NO_SHARD", "ZERO_3"),
             compute_capability=capability,
             multiprocessors=multiprocessors(job.gpu),
@@ -386,6 +390,7 @@ class Behaviour:
             ),
             loads_on_device=Behaviour.for_job(job).loads_on_device and not old_trainer,
             packs_subclasses=transformers < (5, 5),
+            gptq=GptqSoftware.of(versions),
             liger_before_0_5=transformers < (4, 49),
             **flags,
         )

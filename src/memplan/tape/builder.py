@@ -18,8 +18,9 @@ from memplan.tape.behaviour import Behaviour
 from memplan.tape.cut_late import Uncut
 from memplan.tape.experts import Stack
 from memplan.tape.fsdp2_accelerate import shard_of
+from memplan.tape.gptq import tensors_of
 from memplan.tape.graph import Graph
-from memplan.tape.linear_layer import Linear
+from memplan.tape.linear_layer import Gptq, Linear
 from memplan.tape.packing import (
     make_map,
     pack,
@@ -152,6 +153,10 @@ class Builder:
         shape = (spec.out_features, spec.in_features)
         shape = shape[::-1] if spec.transposed else shape
         quantized = packs(job, spec.path)
+        if job.has_gptq_base and layer is None:
+            quantized = False  # the head, which GPTQ leaves alone
+        if quantized and job.has_gptq_base:
+            return self.gptq_linear(spec, name, layer)
         linear = Linear(
             name=spec.path,
             in_features=spec.in_features,
@@ -180,7 +185,9 @@ class Builder:
             count, dtype = packed_form(job, prod(shape), self.behaviour.torch)
             self.sent.append((layer, Part(name, (count,), dtype, dtype)))
             linear.held = (
-                take_packed(self.g, job, name, shape, keeps_packed=self.keeps_packed)
+                take_packed(
+                    self.g, job, name, shape, num_rows=spec.out_features, keeps_packed=self.keeps_packed
+                )
                 if self.architecture.stored
                 else pack(
                     self.g, job, name, shape, transposed=spec.transposed,
@@ -192,6 +199,48 @@ class Builder:
         if spec.bias:
             linear.bias = self.parameter(f"{name}.bias", (spec.out_features,), layer)
         return linear
+
+    def gptq_linear(self, spec: LinearSpec, name: str, layer: int | None) -> Linear:
+        """
+        A layer that GPTQ has quantised: buffers, which are whole on every rank; fms-acceleration makes parameters of
+        some, in the dtype that `quantization.storage` names, which FSDP1 then shards.
+        """
+        software, settings = self.behaviour.gptq, self.job.quantization
+        held: list[Tensor] = []
+        bias = None
+        for item in tensors_of(
+            spec.in_features,
+            spec.out_features,
+            group_size=settings.group_size,
+            kernel=software.kernel,
+            bias=spec.bias or software.zero_bias,
+        ):
+            part = Part(f"{name}.{item.name}", item.shape, item.dtype, item.dtype)
+            category = "weights" if item.is_packed else "quant_state"
+            if self.flat and item.is_packed:
+                count = prod(item.shape) * ITEMSIZE[item.dtype] // ITEMSIZE[settings.storage]
+                part = Part(part.name, (count,), settings.storage, settings.storage)
+                self.contents.parts.setdefault(layer, []).append(part)
+            if self.flat:
+                self.to_wrap.append(ToWrap(layer, part, is_buffer=not item.is_packed))
+                made = Tensor(item.shape, item.dtype, Storage([], 0))
+            else:
+                made = self.g.new(item.shape, item.dtype, part.name, category)
+                held.append(made)
+            self.sent.append((layer, part))
+            if item.name == "bias":
+                bias = made
+        gptq = Gptq(
+            group_size=settings.group_size,
+            kernel=software.kernel,
+            masks_in_place=software.masks_in_place,
+            bias=bias,
+            adds_in_place=software.adds_in_place,
+        )
+        return Linear(
+            name=spec.path, in_features=spec.in_features, out_features=spec.out_features, weight=None,
+            dtype=self.job.dtype, quantized=True, gptq=gptq, held=held,
+        )  # fmt: skip
 
     def packed_shard(self, name: str, shape: tuple[int, ...], layer: int | None) -> Part:
         """This rank's part of a packed weight, which has its memory before it is filled."""

@@ -1,15 +1,16 @@
 """
 Unsloth's LoRA operations over 4-bit layers, as fms-acceleration runs them: one autograd function for q, k and
-v, one for the output projection (plugins/fused-ops-and-kernels/.../unsloth_lora/bnb/fast_lora.py).
+v, one for the output projection (plugins/fused-ops-and-kernels/.../unsloth_lora/bnb/fast_lora.py, gptq/fast_lora.py).
 
 The adapter's casts are made for each use, outside autocast's cache; the gradient of the input of q, k and v is
-written over that input.
+written over that input where bitsandbytes has packed the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from memplan.tape.gptq import dequantised
 from memplan.tape.graph import Graph
 from memplan.tape.linear_layer import Adapter, Linear
 from memplan.tape.ops import alias, cast
@@ -43,7 +44,10 @@ def _apply(g: Graph, x: Tensor, layers: list[Linear], backward: Callable[..., Gr
     adapters = [_adapter(layer) for layer in layers]
     dtype = x.dtype
     with g.no_grad():
+        # The module for GPTQ dequantises all of them first, that for bitsandbytes each in its product.
+        held = [dequantised(g, layer) for layer in layers if layer.gptq is not None]
         pairs = [_matmul_lora(g, x, layer) for layer in layers]
+        del held
     outputs = [out for out, _ in pairs]
     inputs = (x, *(tensor for adapter in adapters for tensor in (adapter.a, adapter.b)))
     if g.needs(*inputs):
@@ -62,7 +66,7 @@ def _adapter(layer: Linear) -> Adapter:
 def _matmul_lora(g: Graph, x: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
     """Output, and the input as the adapter saw it."""
     adapter = _adapter(layer)
-    weight = dequantized(g, layer)
+    weight = dequantized(g, layer) if layer.gptq is None else None
     g.claim_workspace()
     out = g.new((*x.shape[:-1], layer.out_features), x.dtype, "output")
     del weight
@@ -114,15 +118,24 @@ def _qkv_backward(
     layers, dtype = node.extra
     x = saved[0]
     assert x is not None
-    outputs: Gradients = [alias(x)]
+    outputs: Gradients = []
     for slot, layer in enumerate(layers):
         outputs += _adapter_gradients(g, _adapter(layer), gradients[slot])
-    for slot, layer in enumerate(layers):
-        weight = dequantized(g, layer)
-        part = g.new(x.shape, dtype, "grad of input") if slot else None  # the first is written over the input
+    grad_x = None
+    for layer in layers:
+        weight = _weight(g, layer)
+        part = None
+        if grad_x is None:  # the module for bitsandbytes writes it over the input
+            grad_x = alias(x) if layer.gptq is None else g.new(x.shape, dtype, "grad of input")
+        else:
+            part = g.new(x.shape, dtype, "grad of input")
         del part, weight
         _add_masked(g, _adapter(layer), x.shape, dtype)
-    return outputs
+    return [grad_x, *outputs]
+
+
+def _weight(g: Graph, layer: Linear) -> Tensor:
+    return dequantized(g, layer) if layer.gptq is None else dequantised(g, layer)
 
 
 def _output_backward(
@@ -132,7 +145,7 @@ def _output_backward(
     x = saved[0]
     assert x is not None
     grad_a, grad_b = _adapter_gradients(g, _adapter(layer), gradients[0])
-    weight = dequantized(g, layer)
+    weight = _weight(g, layer)
     grad_x = g.new(x.shape, dtype, "grad of input")
     del weight
     _add_masked(g, _adapter(layer), x.shape, dtype)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from memplan.tape import zero3_linear
 from memplan.tape.fsdp1 import Fsdp1Units
+from memplan.tape.gptq import add_to_view, dequantised, recomputed, unpacked
 from memplan.tape.graph import Graph
-from memplan.tape.linear_layer import Adapter, Linear
+from memplan.tape.linear_layer import Adapter, Gptq, Linear
 from memplan.tape.modules import called, hooked, left
 from memplan.tape.ops import add, add_in_place, cast, dropout, scale
 from memplan.tape.quantized import product
@@ -112,6 +113,8 @@ def linear(g: Graph, x: Tensor, layer: Linear) -> Tensor:
 
 
 def _base(g: Graph, x: Tensor, layer: Linear) -> Tensor:
+    if layer.gptq is not None:
+        return _gptq_product(g, x, layer, layer.gptq)
     if layer.quantized:
         return product(g, x, layer)
     weight = layer.current_weight(g)
@@ -119,6 +122,23 @@ def _base(g: Graph, x: Tensor, layer: Linear) -> Tensor:
         layer.bias if layer.rows is None else None
     )  # peft takes the weight alone (trainable_tokens/layer.py)
     return linear_module(g, x, weight, bias, layer.out_features, conv=layer.conv, transposes=layer.transposes)
+
+
+def _gptq_product(g: Graph, x: Tensor, layer: Linear, gptq: Gptq) -> Tensor:
+    held: list[Tensor] = []  # what the layer's own code has in its variables
+    if gptq.kernel == "triton":
+        out = recomputed(g, x, layer)
+    else:
+        held += [dequantised(g, layer)] if gptq.kernel == "compiled" else unpacked(g, layer)
+        if gptq.kernel == "compiled":
+            held[0] = cast(g, held[0], x.dtype)
+        out = matmul(g, x, held[0], None, layer.out_features)
+        out.view = True  # of the product of a matrix
+    if gptq.bias is not None:
+        adds = add_to_view if gptq.kernel == "compiled" else add
+        out = adds(g, out, gptq.bias, "output with bias")
+    held.clear()
+    return out
 
 
 @hooked
@@ -141,12 +161,23 @@ def linear_module(
 def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tensor:
     """
     peft's lora.Linear.forward (lora.bnb.Linear4bit for 4-bit layers, which copies the base's output first and casts
-    the adapter's output back before the sum; lora.bnb.Linear8bitLt, which casts alone).
+    the adapter's output back before the sum; lora.bnb.Linear8bitLt, which casts alone; lora.gptq.GPTQLoraLinear, since
+    0.16 as lora.Linear, before that without a cast under autocast, and with a sum in place).
     """
     adds = add_in_place if layer.adds_in_place else add
     result = _base(g, x, layer)
     dtype = result.dtype
-    if layer.quantized:
+    if layer.gptq is not None and layer.gptq.adds_in_place:
+        converts = g.autocast is None
+        if converts:
+            x = cast(g, x, adapter.asked_dtype)
+        output = _product_of_adapter(g, x, adapter)
+        if converts:
+            output = cast(g, output, dtype)
+        output = scale(g, output, "scaled adapter output")
+        is_view = layer.gptq.bias is None or layer.gptq.kernel == "compiled"
+        return (add_to_view if is_view else add_in_place)(g, result, output, "output")
+    if layer.quantized and layer.gptq is None:
         if not layer.has_8_bits:
             result = _clone(g, result)
         # peft asks for autocast on CUDA, whatever the device is.
@@ -167,9 +198,11 @@ def _with_adapter(g: Graph, x: Tensor, layer: Linear, adapter: Adapter) -> Tenso
 
 
 def _low_rank(g: Graph, x: Tensor, adapter: Adapter) -> Tensor:
-    return scale(
-        g, _lora_b(g, _lora_a(g, _lora_dropout(g, x, adapter), adapter), adapter), "scaled adapter output"
-    )
+    return scale(g, _product_of_adapter(g, x, adapter), "scaled adapter output")
+
+
+def _product_of_adapter(g: Graph, x: Tensor, adapter: Adapter) -> Tensor:
+    return _lora_b(g, _lora_a(g, _lora_dropout(g, x, adapter), adapter), adapter)
 
 
 @called("lora_dropout")

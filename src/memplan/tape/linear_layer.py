@@ -20,6 +20,19 @@ class Adapter(NamedTuple):
     """What peft is told that A's dtype is, to which it casts the input."""
 
 
+class Gptq(NamedTuple):
+    """How a weight that GPTQ has quantised is computed with (tape/gptq.py)."""
+
+    group_size: int | None
+    kernel: str
+    """GptqSoftware.kernel (tape/software.py)"""
+    masks_in_place: bool = False
+    """Of the kernel "unpacked"."""
+    bias: Tensor | None = None
+    adds_in_place: bool = False
+    """GptqSoftware.adds_in_place"""
+
+
 @dataclass
 class Linear:
     """A linear layer as the programs call it. The weight of a quantised one is no parameter."""
@@ -38,6 +51,8 @@ class Linear:
     quantized: bool = False
     has_8_bits: bool = False
     """Of a quantised layer; else it has 4."""
+    gptq: Gptq | None = None
+    """Of a layer that GPTQ has quantised; bitsandbytes has any other."""
     double_quant: bool = False
     keeps_input: bool = False
     """The node of a 4-bit product has its input as an attribute (behaviour.py, keeps_4bit_input)."""

@@ -45,7 +45,8 @@ def refuse_left_in_16_bits(job: Job, family: str) -> None:
 
 def packs_module(job: Job, module: Module) -> bool:
     """As `packs`, of a module of the layout."""
-    return module.role in ("linear", "head") and packs(job, module.name)
+    roles = ("linear",) if job.has_gptq_base else ("linear", "head")
+    return module.role in roles and packs(job, module.name)
 
 
 def expected_bytes(job: Job, module: Module) -> int | None:
@@ -90,7 +91,7 @@ def packed_form(job: Job, num_elements: int, torch: tuple[int, ...]) -> tuple[in
 
 def make_map(g: Graph, job: Job) -> None:
     """bitsandbytes makes one when it packs the first weight, and keeps it."""
-    if job.has_quantized_base and not job.has_8bit_base and job.quantization.double_quant:
+    if job.has_quantized_base and job.quantization.type in ("nf4", "fp4") and job.quantization.double_quant:
         g.persistent.append(
             g.storage(DYNAMIC_MAP_BYTES, "bitsandbytes' map of constants", category="quant_state")
         )
@@ -147,12 +148,17 @@ def pack(
     return kept
 
 
-def take_packed(g: Graph, job: Job, name: str, shape: Shape, *, keeps_packed: bool = True) -> list[Tensor]:
+def take_packed(
+    g: Graph, job: Job, name: str, shape: Shape, *, num_rows: int, keeps_packed: bool = True
+) -> list[Tensor]:
     """
-    As `pack`, of a weight that the checkpoint stores packed, with a table of codes for each
+    As `pack`, of a weight that the checkpoint stores packed, of 4 bits with a table of codes for each
     (bitsandbytes/nn/modules.py, Params4bit.from_prequantized).
     """
     num_elements = prod(shape)
+    if job.has_8bit_base:
+        scales = g.new((num_rows,), "float32", f"{name} scales of rows", "quant_state")
+        return [g.new(shape, "int8", f"{name} packed weight", "weights"), scales]
     blocks = -(-num_elements // 64)
     double = job.quantization.double_quant
     sizes = {"packed weight": packed_bytes(num_elements)} if keeps_packed else {}

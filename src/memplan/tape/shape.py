@@ -177,6 +177,11 @@ def _refuse_what_does_not_run(job: Job, architecture: Architecture) -> None:
     if architecture.is_encoder:
         refuse_for_encoder(job)
     refuse_unlike_stored(job, architecture.stored)
+    if job.has_gptq_base and architecture.num_experts:
+        raise UnknownModel(
+            f"`{architecture.name}` has experts, and how layers in GPTQ's format stand for them is not planned",
+            hint="use `--set quantization.type=nf4`, which leaves experts in 16 bits",
+        )
     if job.attention == "sdpa" and architecture.attn_logit_softcapping is not None:
         # sdpa_attention_forward raises ValueError (transformers/integrations/sdpa_attention.py).
         raise JobError(

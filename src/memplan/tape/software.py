@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 """Per handle and stream before Hopper: 4096 KiB * 2 + 16 KiB * 8 (ATen/cuda/CublasHandlePool.cpp)."""
 CUBLAS_WORKSPACE_BYTES_HOPPER = 32 << 20
@@ -59,3 +62,39 @@ def cublaslt_workspace(torch: tuple[int, ...]) -> int:
     cuBLAS's (#175879); before 2.9 it took as much for every product and gave it back, which is not planned.
     """
     return CUBLASLT_WORKSPACE_BYTES if (2, 9) <= torch < (2, 12) else 0
+
+
+class GptqSoftware(NamedTuple):
+    """What computes with weights that GPTQ has quantised, and with adapters beside them (tape/gptq.py)."""
+
+    kernel: str = "compiled"
+    """
+    `compiled` is gptqmodel's TorchLinear, with which its TritonV2Linear trains too (7.3, qlinear/tritonv2.py, forward);
+    `triton` fms-acceleration's; `unpacked` auto-gptq's without kernels that have no backward (`disable_exllama`), of a
+    checkpoint without `desc_act`.
+    """
+    masks_in_place: bool = False
+    """auto-gptq before 0.5 (nn_modules/qlinear/qlinear_cuda_old.py)."""
+    zero_bias: bool = False
+    """Every layer has a bias, of zeros where the model has none: optimum before 1.20 (gptq/quantizer.py; #1827)."""
+    adds_in_place: bool = False
+    """
+    Adapters are added to the output in place, and their input is cast without autocast alone: peft before 0.16
+    (tuners/lora/gptq.py).
+    """
+
+    @classmethod
+    def of(cls, versions: Mapping[str, str]) -> GptqSoftware:
+        """
+        By the packages that are named.
+
+        >>> GptqSoftware.of({"auto_gptq": "0.4.2", "optimum": "1.13.2"}).kernel
+        'unpacked'
+        """
+        kernel = "unpacked" if "auto_gptq" in versions else "compiled"
+        return cls(
+            kernel="triton" if "fms_acceleration_peft" in versions else kernel,
+            masks_in_place="auto_gptq" in versions and version_numbers(versions["auto_gptq"]) < (0, 5),
+            zero_bias="optimum" in versions and version_numbers(versions["optimum"]) < (1, 20),
+            adds_in_place="peft" in versions and version_numbers(versions["peft"]) < (0, 16),
+        )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from memplan.errors import JobError
+from memplan.job.check import check_job
 from memplan.job.fields import field_value
 from memplan.job.spec import Job
 from memplan.model.stored import Stored
 
 
-def as_stored(job: Job, stored: Stored) -> tuple[Job, tuple[str, ...]]:
+def as_stored(job: Job, stored: Stored, *, given: Collection[str] = ()) -> tuple[Job, tuple[str, ...]]:
     """
-    The job as transformers runs it over these weights, and what that changes of it: LoRA is QLoRA, and the storage is
-    the checkpoint's. What trains or converts whole weights is left as it is, for `refuse_unlike_stored`.
+    The job as transformers runs it over these weights, and what that changes of it: LoRA is QLoRA, the storage is the
+    checkpoint's, and what is not `given` as the checkpoint is made for. What trains or converts whole weights is left
+    as it is, for `refuse_unlike_stored`.
     """
     if job.method not in ("lora", "qlora"):
         return job, ()
-    wanted: dict[str, Any] = {"method": "qlora", **stored.settings()}
+    open_fields = {name: value for name, value in stored.preferences().items() if name not in given}
+    wanted: dict[str, Any] = {"method": "qlora", **stored.settings(), **open_fields}
     changed = {name: value for name, value in wanted.items() if field_value(job, name) != value}
     if not changed:
         return job, ()
@@ -49,17 +52,20 @@ def refuse_unlike_stored(job: Job, stored: Stored | None) -> None:
     )
 
 
-def agrees(job: Job, stored: Stored, changes: Mapping[str, Any]) -> bool:
+def agrees(job: Job, stored: Stored | None, changes: Mapping[str, Any]) -> bool:
     """Whether a job with these fields changed runs over what the checkpoint stores."""
+    changed = job.replace(**changes)
     try:
-        refuse_unlike_stored(job.replace(**changes), stored)
+        refuse_unlike_stored(changed, stored)
     except JobError:
         return False
-    return True
+    return not check_job(changed)
 
 
 def _refuse_what_does_not_run(job: Job, stored: Stored) -> None:
-    if stored.compute_dtype != job.dtype:
+    for conflict in check_job(job):
+        raise JobError(conflict.message, hint=conflict.hint)
+    if stored.compute_dtype not in (None, job.dtype):
         raise JobError(
             f"the weights of `{job.model}` are dequantised to {stored.compute_dtype} (`bnb_4bit_compute_dtype` of its "
             f"config.json), and the job computes in `dtype: {job.dtype}`",
@@ -78,6 +84,6 @@ def _as_yaml(value: Any) -> str:
     >>> _as_yaml(True), _as_yaml(("lm_head", "gate")), _as_yaml("nf4")
     ('true', '[lm_head, gate]', 'nf4')
     """
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
     return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)

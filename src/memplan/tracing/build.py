@@ -24,6 +24,7 @@ from memplan.tape.encoders import refuse_for_encoder
 from memplan.tape.repeat import Selection, choose_layers
 from memplan.tape.stored import refuse_unlike_stored
 from memplan.tape.vocabulary import resized_config
+from memplan.tracing.gptq import adapted_by_peft, replace_with_gptq
 from memplan.train.adapters import without_bitsandbytes
 from memplan.train.build import Built, _prepare, check_head, decoder_of
 from memplan.train.group import Group
@@ -153,11 +154,18 @@ def build_meta(
     )
     stacked = _of_whole(model, blocks, selection, num_layers, lambda module: _num_stacked(module, is_stack))
     decoder = decoder_of(model)
-    if job.has_quantized_base:
+    alone = job.method == "lora" or job.has_gptq_base
+    if job.has_gptq_base:
+        replace_with_gptq(blocks, job)
+    elif job.has_quantized_base:
         from memplan.train.quantize import replace_linears
 
         replace_linears(model, job)
-    with META, without_bitsandbytes() if job.method == "lora" else nullcontext():
+    with (
+        META,
+        without_bitsandbytes() if alone else nullcontext(),
+        adapted_by_peft() if job.has_gptq_base else nullcontext(),
+    ):
         # In the order of memplan.train.build: NPT blocks are made when the rest has been cut.
         trained = model if job.method == "npt" else _prepare(job, model, mover)
         built = Built.of(job, model, trained, decoder)

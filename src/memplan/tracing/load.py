@@ -73,6 +73,9 @@ def _take_packed(recorder: Recorder, module: Any, place: Place) -> None:
         torch.empty(module.weight_shape, dtype=module.weight_dtype, device=META)
     )
     recorder.adopt(module.weight, "weights", name, place.layer)
+    if module.bits == 8:
+        recorder.adopt(module.weight.SCB, "quant_state", f"{name} scales of rows", place.layer)
+        return
     for key, tensor in _constants(module.quant_state):
         recorder.adopt(tensor, "quant_state", f"{name} {key}", place.layer)
 
@@ -97,7 +100,8 @@ def _load_base(
         place = places[module]
         if is_left:
             for name, buffer in module.named_buffers(recurse=False):
-                recorder.adopt(buffer, "weights", _where(place, name), place.layer)
+                category = "quant_state" if name in getattr(module, "state_names", ()) else "weights"
+                recorder.adopt(buffer, category, _where(place, name), place.layer)
             continue
         if hasattr(module, "pack_weight") and not _keeps_part(module):
             (_take_packed if is_stored else _pack)(recorder, module, place)

@@ -177,7 +177,7 @@ def _trace(job: Job, config: dict[str, Any], device: str, num_steps: int, *, who
         stack.enter_context(like_device(target))
         stack.enter_context(emulated(casts=job.autocast is not None, device_types=(device, META.type)))
         recorder.multiplicity = meta.multiplicity()
-        if job.has_quantized_base:
+        if job.has_quantized_base and not job.has_gptq_base:
             stack.enter_context(own_quantization_maps())
         stack.enter_context(torchao_on_meta(job, target.multiprocessors))
         if job.optimizer not in (*TORCH_OPTIMIZERS, *LOW_BIT):

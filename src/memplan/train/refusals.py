@@ -65,6 +65,11 @@ def refuse_untrainable(job: Job) -> None:
     sharded = job.parallel.strategy != "NO_SHARD" or job.offload.params
     refusals: list[tuple[bool, str, str]] = [
         (
+            job.has_gptq_base,
+            "`quantization.type: gptq` can be planned but not trained here: this trainer packs 16-bit weights",
+            "use `--set quantization.type=nf4`, with the checkpoint that the one in GPTQ's format was made from",
+        ),
+        (
             job.parallel.strategy.startswith("ZERO_"),
             f"`parallel.strategy: {job.parallel.strategy}` is DeepSpeed's and can be planned but not trained here",
             "use `--set parallel.strategy=FULL_SHARD`, or `SHARD_GRAD_OP`",
