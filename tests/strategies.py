@@ -73,6 +73,11 @@ def agreeing(job: Job) -> Job:
         or job.parallel.strategy not in ("NO_SHARD", "ZERO_1", "ZERO_2")
     ):
         changes["quantization.type"] = "fp4"
+    elif job.has_gptq_base and job.loop == "memplan":
+        changes["quantization.type"] = "nf4"
+    elif job.has_gptq_base:
+        changes |= {"dtype": "float16", "quantization.kbit_preparation": False}
+        changes["autocast"] = None if job.autocast == "bfloat16" else job.autocast
     if (
         job.activation_checkpointing == "selective"
         or job.activation_offload
@@ -85,7 +90,8 @@ def agreeing(job: Job) -> Job:
         changes["npt.objective"] = "layer"
     if job.method == "npt" and job.parallel.strategy.startswith("ZERO_"):
         changes["parallel.strategy"] = "FULL_SHARD"
-    if job.attention == "flash_attention_2" and job.dtype == "float32" and job.autocast is None:
+    dtype = changes.get("dtype", job.dtype)
+    if job.attention == "flash_attention_2" and dtype == "float32" and job.autocast is None:
         changes["autocast"] = "bfloat16"
     if job.method == "npt":
         changes["data.special_tokens"], changes["loop"] = (), "memplan"

@@ -193,10 +193,7 @@ class Behaviour:
     Written as transformers 5 has them, without DeepSpeed, which has its own backward pass and step.
     """
     divides_tokens: bool = True
-    """
-    The Trainer divides the tokens of a step by how many devices have the same batch, even by one: transformers since
-    5.19 (trainer.py, _get_num_items_in_batch).
-    """
+    """The Trainer divides a step's tokens by the devices of a batch, even one: transformers since 5.19 (trainer.py)."""
     compute_capability: tuple[int, int] = AMPERE
     """Of the card, which decides what sdpa's kernels take; that of an A100 where none is known."""
     multiprocessors: Multiprocessors = A100
@@ -308,8 +305,7 @@ class Behaviour:
             ),
             reentrant=reentrant,
             loads_on_device=(script or trainer)
-            and job.has_quantized_base
-            and not job.has_gptq_base  # on the host, and the Trainer moves it (quantizers/quantizer_gptq.py)
+            and (job.has_quantized_base and not job.has_gptq_base)  # that is on the host first
             and job.parallel.strategy in ("NO_SHARD", "ZERO_3"),
             compute_capability=capability,
             multiprocessors=multiprocessors(job.gpu),
