@@ -394,3 +394,22 @@ def test_the_allocator_is_that_of_the_environment() -> None:
     assert settings.expandable_segments and settings.max_split_size_mb == 128
     assert notes == ["the allocator's `pinned_num_register_threads:2` is left out"]
     assert "are left out" in read("max_split_size_mb:many")[1][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("adamw_torch_8bit", "ao_adamw_8bit"), ("adamw_torch_4bit", "ao_adamw_4bit")]
+)
+def test_optimizers_of_torchao_are_planned_by_shape(tmp_path: Path, name: str, optimizer: str) -> None:
+    """Without torchao, whose states are smaller than those of torch."""
+    given = {"max_seq_len": LENGTH, "gpu": "24GB"}
+    plain, small = (
+        preflight(arguments(tmp_path, optim=optim), model(vocab_size=4096), **given)
+        for optim in ("adamw_torch_fused", name)
+    )
+    assert small.result.engine["name"] == "shape"
+    assert small.result.job is not None and small.result.job.optimizer == optimizer
+    states = [
+        sum(part.bytes for part in plan.result.phases[-1].budget if part.category == "optimizer")
+        for plan in (plain, small)
+    ]
+    assert 0 < states[1] < states[0] / 2
