@@ -30,6 +30,7 @@ from memplan.train.sources import read_source
 from memplan.train.tokens import byte_tokenizer
 
 NUM_STEPS = 2
+BOTH = "embed_tokens lm_head"
 SMALL = LLAMA | {
     "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512, "num_key_value_heads": 2,
 }  # fmt: skip
@@ -54,10 +55,12 @@ class Measured:
     loss: str
     dtype: str = "float32"
     attention: str = "sdpa"
+    saved: str = ""
+    """`lora.modules_to_save`, with spaces between the names."""
 
     @property
     def name(self) -> str:
-        return " ".join(vars(self).values())
+        return " ".join(filter(None, vars(self).values()))
 
     @property
     def is_alone(self) -> bool:
@@ -75,6 +78,7 @@ class Measured:
             attention=self.attention,
             max_seq_len=64,
             train__max_grad_norm=1.0,
+            lora__modules_to_save=tuple(self.saved.split()),
         )
         Path(str(job.data.train)).write_text(('{"text": "' + "All of it counts. " * 9 + '"}\n') * 8)
         return job.replace(**STRATEGIES[self.strategy], **{"data.eval": job.data.train})
@@ -99,6 +103,12 @@ GRID = [
     Measured("HYBRID_SHARD 2x1", "lora", "none", "chunked"),
     Measured("HYBRID_SHARD 1x2", "full", "full", "full", "bfloat16"),
     Measured("offload", "lora", "full", "full"),
+    Measured("alone", "lora", "none", "full", "bfloat16", saved=BOTH),
+    Measured("alone", "qlora", "full", "chunked", saved=BOTH),
+    Measured("DDP", "lora", "full", "chunked", "bfloat16", saved=BOTH),
+    Measured("FULL_SHARD", "qlora", "none", "full", "bfloat16", saved=BOTH),
+    Measured("SHARD_GRAD_OP", "lora", "full", "chunked", saved="lm_head"),
+    Measured("offload", "lora", "full", "full", saved="embed_tokens"),
 ]
 
 

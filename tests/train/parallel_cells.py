@@ -48,6 +48,7 @@ PRECISIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("npt", "float16"): {"dtype": "float16"},
     ("npt", "4 bits"): {"npt.quantized_base": True},
     ("qlora", "bfloat16"): {"dtype": "bfloat16"},
+    ("lora", "copies"): {"lora.modules_to_save": ("embed_tokens", "lm_head")},
 }
 
 
@@ -72,10 +73,11 @@ class Cell:
     def job(self, root: Path) -> Job:
         """With a global batch of 8 sequences of unequal lengths, however many ranks there are."""
         changes = PRECISIONS.get((self.method, self.precision), {}) | STRATEGIES.get(self.strategy, {})
+        llama = LLAMA | {"num_hidden_layers": 2, "tie_word_embeddings": self.precision == "copies"}
         job = tiny_job(
             root,
             self.method,
-            config=GPT2 | {"n_layer": 2} if self.method == "full" else LLAMA | {"num_hidden_layers": 2},
+            config=GPT2 | {"n_layer": 2} if self.method == "full" else llama,
             activation_checkpointing=self.checkpointing,
             gradient_accumulation_steps=4 if self.strategy == "alone" else 2,
             loss="chunked" if self.checkpointing == "full" else "full",
@@ -88,7 +90,8 @@ class Cell:
 def cells() -> list[Cell]:
     """
     Every strategy with and without activation checkpointing and in both precisions; all four of these together with
-    FULL_SHARD only, and of NPT a float16 and a 4-bit base. QLoRA: once whole, once sharded. NPT has no activation
+    FULL_SHARD only, and of NPT a float16 and a 4-bit base; LoRA beside trained copies of tied embeddings and head with
+    DDP too. QLoRA: once whole, once sharded. NPT has no activation
     checkpointing: its blocks run their backward pass in forward.
     """
     found = []
@@ -101,6 +104,8 @@ def cells() -> list[Cell]:
             kinds += [("none", "float16"), ("none", "4 bits")] if method == "npt" else []
         elif strategy == "offload":
             kinds = kinds[:1]
+        if method == "lora" and strategy in ("DDP", "FULL_SHARD"):
+            kinds.append(("full", "copies"))
         kept = {
             ("none" if method == "npt" else checkpointing, precision) for checkpointing, precision in kinds
         }
@@ -151,13 +156,14 @@ def _whole(tensor: Tensor | None) -> Tensor:
 
 
 def resumable_job(root: Path, name: str, method: str = "lora", strategy: str = "FULL_SHARD") -> Job:
-    """A run of six steps in `root`/`name`, with dropout, that saves after every second."""
+    """A run of six steps in `root`/`name`, with dropout and copies of embeddings and head, that saves every second."""
     return tiny_job(
         root,
         method,
         config=LLAMA | {"num_hidden_layers": 2},
         gradient_accumulation_steps=4 if strategy == "alone" else 2,
         lora__dropout=0.1,
+        lora__modules_to_save=("embed_tokens", "lm_head"),
         train__max_steps=6,
         train__save_every=2,
         train__sample_prompts=1,

@@ -20,9 +20,11 @@ from memplan.model import architecture_from_config  # noqa: E402
 from memplan.tape.writer import write_tape  # noqa: E402
 from memplan.train.build import Built, build_model  # noqa: E402
 from memplan.train.data import Batches  # noqa: E402
+from memplan.train.group import ALONE  # noqa: E402
 from memplan.train.loop import Loop, seed_micro_batch  # noqa: E402
 from memplan.train.optimizer import build_optimizer, learning_rate  # noqa: E402
 from memplan.train.samples import START, Samples, SampleWriter  # noqa: E402
+from memplan.train.training_state import base_fingerprint  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -195,8 +197,8 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
 
     assert torch.equal(first.head.weight, again.head.weight)
     assert not torch.equal(first.head.weight, other.head.weight)
-    assert _build(_job()).base_fingerprint() == _build(_job()).base_fingerprint()
-    assert _build(_job()).base_fingerprint() != _build(_job(**{"train.seed": 1})).base_fingerprint()
+    same, also, differs = (_build(_job(**{"train.seed": seed})).model for seed in (0, 0, 1))
+    assert base_fingerprint(same, ALONE) == base_fingerprint(also, ALONE) != base_fingerprint(differs, ALONE)
 
 
 @pytest.mark.parametrize(("setting", "blocks"), [("none", []), ("selective", [1]), ("full", [0, 1, 2])])

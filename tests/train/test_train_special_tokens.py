@@ -15,12 +15,11 @@ peft = pytest.importorskip("peft")
 from safetensors.torch import load_file  # noqa: E402
 from tiny_runs import LLAMA, SENTENCES, losses, prepared, tiny_job, tokenizer_folder  # noqa: E402
 
-from memplan.errors import DataError, RunError  # noqa: E402
+from memplan.errors import DataError  # noqa: E402
 from memplan.job.spec import Job  # noqa: E402
 from memplan.train.merge import merge  # noqa: E402
 from memplan.train.output_folder import different_fields  # noqa: E402
 from memplan.train.record import Record  # noqa: E402
-from memplan.train.refusals import refuse_untrainable  # noqa: E402
 from memplan.train.skeleton import add_mean_rows  # noqa: E402
 from memplan.train.tokens import load_tokenizer  # noqa: E402
 from memplan.train.worker import run_job  # noqa: E402
@@ -155,14 +154,3 @@ def test_tokens_need_a_tokenizer(tmp_path: Path) -> None:
         str(folder), folder, weights="pretrained", vocab_size=260, special_tokens=["<a>", "<eos>"]
     )
     assert (tokenizer.size, tokenizer.num_new, tokenizer.special_ids) == (257, 1, (257, 256))
-
-
-def test_copies_of_whole_embeddings_are_planned_and_not_trained(tmp_path: Path) -> None:
-    job = tiny_job(tmp_path, "lora").replace(**{"lora.modules_to_save": ("embed_tokens", "lm_head")})
-
-    with pytest.raises(
-        RunError, match=r"`lora\.modules_to_save` can be planned but not trained here"
-    ) as caught:
-        refuse_untrainable(job)
-    assert "data.special_tokens" in (caught.value.hint or "")
-    refuse_untrainable(job.replace(method="full"))

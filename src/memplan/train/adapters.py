@@ -183,6 +183,29 @@ def fill_token_rows(model: nn.Module, skeleton: Skeleton, device: torch.device) 
         layer.trainable_tokens_original[ADAPTER] = rows.to(device, original.dtype, copy=True)
 
 
+def fill_copies(model: nn.Module, device: torch.device) -> None:
+    """
+    Give the copies of `lora.modules_to_save` the values of what they copy, which has them. Of a sharded one each rank
+    copies its part, which is cut as that of the original.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        original, copied = wrapper.original_module, wrapper.modules_to_save[ADAPTER]
+        for name, source in original.named_parameters(recurse=False):
+            trained = copied._parameters[name]
+            if is_sharded(trained):
+                with torch.no_grad():
+                    trained.to_local().copy_(source.to_local())
+            else:
+                value = source.detach().to(device, trained.dtype, copy=True)
+                copied._parameters[name] = nn.Parameter(value)
+        for name, buffer in original.named_buffers(recurse=False):
+            copied._buffers[name] = buffer.clone()
+
+
 def draw_adapters(model: nn.Module, device: torch.device, seed: int) -> None:
     """
     Initialise every adapter as peft does, layer by layer, on `device`. A sharded one gets this rank's part of what a

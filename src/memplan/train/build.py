@@ -4,7 +4,6 @@ From a job to the model that trains: weights, adapters or NPT blocks, attention,
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,13 @@ from torch import nn
 
 from memplan.errors import ModelError, RunError, UnknownModel
 from memplan.job.spec import Job
-from memplan.train.adapters import add_adapters, draw_adapters, fill_token_rows, without_bitsandbytes
+from memplan.train.adapters import (
+    add_adapters,
+    draw_adapters,
+    fill_copies,
+    fill_token_rows,
+    without_bitsandbytes,
+)
 from memplan.train.meta_model import as_transformers, meta_model
 from memplan.train.offload import Mover, make_mover, offload_inputs
 from memplan.train.seeds import derive_seed as derive_seed
@@ -76,17 +81,6 @@ class Built:
         """The parameters that the optimizer steps."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def base_fingerprint(self) -> str:
-        """SHA-256 over names, shapes and a sample of every frozen parameter: what a checkpoint leaves out."""
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                flat = parameter.detach().flatten()
-                sample = torch.cat([flat[:32], flat[-32:]]).float().cpu()
-                digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-                digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()
-
     def save_weights(self, folder: Path) -> None:
         """What was trained, in the format that peft or transformers loads; NPT layers as safetensors."""
         model: Any = self.model
@@ -114,10 +108,14 @@ class Built:
             from peft import set_peft_model_state_dict
             from safetensors.torch import load_file
 
-            result = set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
-            missing = [name for name in result.missing_keys if "lora_" in name]
-            if missing or result.unexpected_keys:
-                odd = (missing or result.unexpected_keys)[0]
+            tensors = load_file(folder / "adapter_model.safetensors")
+            try:
+                result = set_peft_model_state_dict(self.model, tensors)
+                missing = [name for name in result.missing_keys if "lora_" in name]
+                odd = next(iter([*missing, *result.unexpected_keys]), None)
+            except KeyError as error:  # a copy of `lora.modules_to_save` or rows of tokens
+                odd = error.args[0]
+            if odd is not None:
                 raise RunError(
                     f"the adapters in `{folder}` do not belong to this model: `{odd}` does not match"
                 )
@@ -349,6 +347,8 @@ def _finish_adapted(job: Job, model: nn.Module, skeleton: Skeleton, device: torc
         prepare_kbit(model)
     if job.trained_tokens:
         fill_token_rows(model, skeleton, device)
+    if job.modules_to_save:
+        fill_copies(model, device)
     draw_adapters(model, device, derive_seed(job.train.seed, "adapters"))
 
 
@@ -393,6 +393,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", message=".*(fan_in_fan_out|rank_pattern|alpha_pattern).*")
+            # Copies of tied embeddings and heads: what peft says of merging them, `memplan merge` does.
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
             yield
     finally:
         logging.set_verbosity(verbosity)

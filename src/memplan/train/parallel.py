@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from memplan.errors import RunError
 from memplan.job.spec import Job
 from memplan.tape.sharding import SHARDED
 from memplan.train.build import Built, build_model
@@ -254,9 +255,15 @@ def build_parallel(
 
 
 def shard(job: Job, built: Built, root: nn.Module, group: Group) -> None:
-    """Cut every block of the model, and then what is left of `root`, over the ranks."""
+    """
+    Cut every block of the model, and then what is left of `root`, over the ranks.
+
+    Raises:
+        RunError: what trains outside the blocks is of several dtypes, which FSDP does not reduce together.
+    """
     from torch.distributed.fsdp import fully_shard
 
+    _check_outside(job, built)
     options: dict[str, Any] = {
         "mesh": make_mesh(job, group),
         "mp_policy": mixed_precision(job),
@@ -267,6 +274,17 @@ def shard(job: Job, built: Built, root: nn.Module, group: Group) -> None:
     for block in decoder_blocks(built.model):
         fully_shard(block, reshard_after_forward=not keeps, **options)
     fully_shard(root, reshard_after_forward=True if job.method == "npt" else None, **options)
+
+
+def _check_outside(job: Job, built: Built) -> None:
+    inside = {id(item) for block in decoder_blocks(built.model) for item in block.parameters()}
+    trained = [item for item in built.trainable if id(item) not in inside]
+    if len({item.dtype for item in trained}) > 1:
+        raise RunError(
+            f"an adapter in {job.lora.dtype} and a copy of `lora.modules_to_save` in {job.saved_dtype}, both outside "
+            "the blocks, cannot be sharded together",
+            hint=f"use `--set lora.modules_to_save_dtype={job.lora.dtype}`, or `--set lora.dtype={job.saved_dtype}`",
+        )
 
 
 def make_mesh(job: Job, group: Group) -> dist.DeviceMesh:

@@ -63,6 +63,7 @@ def refuse_untrainable(job: Job) -> None:
         RunError: with the field and what to set instead.
     """
     sharded = job.parallel.strategy != "NO_SHARD" or job.offload.params
+    as_copied = job.replace(**{"lora.modules_to_save_dtype": None}).saved_dtype
     refusals: list[tuple[bool, str, str]] = [
         (
             job.has_gptq_base,
@@ -80,10 +81,16 @@ def refuse_untrainable(job: Job) -> None:
             "set them to 1; `parallel.dp_shard` with `FULL_SHARD` spreads a model over GPUs",
         ),
         (
-            bool(job.modules_to_save),
-            "`lora.modules_to_save` can be planned but not trained here",
-            "train the rows of new tokens with `data.special_tokens` in its place, or train with peft in another loop, "
-            "planned with `--set loop=hf_trainer`",
+            bool(job.modules_to_save) and job.saved_dtype == "float16" and not job.has_float16_adapters,
+            "copies of `lora.modules_to_save` cannot be float16: their gradients would be, and torch refuses to "
+            "unscale those",
+            "use bfloat16, or `--set lora.modules_to_save_dtype=float32 --set autocast=float16`",
+        ),
+        (
+            bool(job.modules_to_save) and not (sharded or job.autocast) and job.saved_dtype != as_copied,
+            f"`lora.modules_to_save_dtype: {job.lora.modules_to_save_dtype}` does not go with hidden states in "
+            f"{as_copied}, which nothing casts",
+            "use `--set lora.modules_to_save_dtype=null`, or `--set autocast=bfloat16`",
         ),
         (
             job.parallel.strategy in SHARDED and job.offload.optimizer and not job.offload.params,
