@@ -172,7 +172,7 @@ def test_values_that_are_known_come_back_with_their_tensor() -> None:
     [
         ({"loop": "memplan"}, JobError, "which `loop: memplan` does not have"),
         ({"activation_checkpointing": "full", "activation_offload": True}, JobError, "`activation_offload` moves too"),
-        ({"loss": "fused"}, TraceError, "takes a model that Liger has changed, which is not traced"),
+        ({"loss": "fused"}, TraceError, "by a trace alone, and `loss: fused` is not traced"),
         ({"parallel__strategy": "FULL_SHARD", "parallel__dp_shard": 2}, TraceError, "with sharded weights"),
     ],
 )  # fmt: skip

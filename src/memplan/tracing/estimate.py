@@ -68,6 +68,7 @@ def estimate_traced(job: Job, config: dict[str, Any], *, device: str = "cuda") -
         *accelerate_notes(job, Behaviour.for_job(job)),
         *quantization_notes(job, Behaviour.for_job(job)),
         *optimizer_notes(job),
+        *_notes_on_offload(job),
         *_notes_on_class(config, traced.class_name),
         *_notes(job, traced.unknown_values),
         *note_on_reference_code(traced.replaced_packages),
@@ -119,6 +120,14 @@ def _notes_on_class(config: dict[str, Any], traced: str) -> list[str]:
     if "vision_config" in config or "audio_config" in config:
         notes.append("batches hold tokens alone: images and sounds are not planned")
     return notes
+
+
+def _notes_on_offload(job: Job) -> tuple[str, ...]:
+    if job.offload.activations == "none":
+        return ()
+    return (
+        "`offload.activations`: as TRL 1.16 moves tensors; no published run that does has been planned to compare with",
+    )
 
 
 def _notes(job: Job, unknown_values: int) -> list[str]:

@@ -130,6 +130,13 @@ def _refuse_untraced(job: Job) -> None:
             "`offload.activations` is not planned beside `use_reentrant`, whose recomputation saves tensors anew",
             hint="use `--set use_reentrant=false`",
         )
+    if job.offload.activations != "none" and (job.loss == "fused" or job.kernels != "torch"):
+        asked = "loss: fused" if job.loss == "fused" else f"kernels: {job.kernels}"
+        raise TraceError(
+            f"`offload.activations` is planned by a trace alone, and `{asked}` is not traced",
+            hint="`--set loss=full --set kernels=torch` plans what holds more, `--set offload.activations=none` "
+            "plans checkpointing alone",
+        )
     if job.offload.activations != "none" and is_sharded(job):
         raise TraceError(
             "`offload.activations` is not planned with sharded weights, which it takes to the host as well",
