@@ -13,6 +13,7 @@ import memplan
 from memplan.errors import TraceError
 from memplan.train.measure import CpuMeter
 from tracing.steps import STEPS, Classifier, _ids, _loss, plain
+from tracing.test_lean import run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -68,6 +69,36 @@ def test_a_real_model_is_as_it_was() -> None:
     assert all(value is optimizer.state[model.head.weight][name] for name, value in states.items())
     step(batch)  # and it trains on
     assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+FIRST = """
+import gc, types
+import torch, memplan
+
+model = torch.nn.Linear(4, 4)
+
+def step(batch):
+    with torch.device("cpu"):
+        torch.zeros(2)
+    model(batch).sum().backward()
+
+memplan.trace(step, model, None, torch.zeros(2, 4))
+with torch.device("meta"):
+    print(torch.tensor(1.0).device)
+
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
+print(torch.tensor in get_torch_obj_rule_map())
+gc.collect()
+functions = [each for each in gc.get_objects() if isinstance(each, types.FunctionType)]
+names = {each.__qualname__ for each in functions if (each.__module__ or "").startswith("memplan.tracing")}
+print(sorted(name for name in names if "<locals>" in name and not name.startswith("__create_fn__")))
+"""
+"""`__create_fn__` makes the methods of dataclasses."""
+
+
+def test_torch_knows_its_own_functions_afterwards() -> None:
+    """Also where nobody had asked before which take a device and which can be compiled; and nothing is left."""
+    assert ["meta", "True", "[]"] == run(FIRST)
 
 
 def test_what_a_step_raises_comes_out_and_the_model_survives() -> None:
