@@ -82,6 +82,7 @@ def _flash_attention(recorder: Recorder) -> Iterator[None]:
 
     # What the module has loaded it keeps in globals of its own, which are put back with the rest.
     with ExitStack() as stack:
+        stack.callback(vars(module).update, dict(vars(module)))
         stack.enter_context(patch.multiple(module, _lazy_imports=imports, _loaded_implementation=None))
         module.lazy_import_flash_attention("flash_attention_2")  # as transformers does when it loads a model
         for name, family in list(sys.modules.items()):
