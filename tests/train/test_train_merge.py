@@ -103,6 +103,70 @@ def test_the_merged_model_is_that_of_peft(
     assert not list(tmp_path.glob(".unfinished*"))
 
 
+@pytest.mark.parametrize(
+    ("config", "saved", "size"),
+    [
+        (LLAMA, ["embed_tokens", "lm_head"], "20KB"),
+        (TIED, ["embed_tokens", "lm_head"], "20KB"),
+        (TIED, ["lm_head"], "5GB"),
+        (GPT2, ["wte"], "5GB"),
+    ],
+    ids=["untied", "tied", "tied head", "gpt2"],
+)
+def test_modules_trained_whole_take_the_places_of_theirs(
+    tmp_path: Path, config: dict[str, Any], saved: list[str], size: str
+) -> None:
+    """
+    The model and the tensors of peft's merge_and_unload: where one of two tied matrices was trained, the head gets a
+    weight of its own, and the config says so.
+    """
+    base = _base(tmp_path / "base", config, size=size)
+    folder = _adapter(base, tmp_path / "adapter", modules_to_save=saved)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(plain, folder)
+    expected = _logits(adapted)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "by-peft")
+
+    merged = merge(folder, tmp_path / "merged")
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(_logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    was_tied = config is not LLAMA
+    assert (merged.num_replaced, merged.is_untied) == (len(saved), was_tied)
+    assert loaded.config.tie_word_embeddings is False
+    assert ("weight of its own" in explain(merged)[1]) == was_tied
+    ours, theirs = (
+        {
+            name: tensor
+            for file in (tmp_path / by).glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for by in ("merged", "by-peft")
+    )
+    assert ours.keys() == theirs.keys()
+    index = tmp_path / "merged" / "model.safetensors.index.json"
+    if index.is_file():
+        fields = json.loads(index.read_text())
+        assert fields["weight_map"].keys() == ours.keys()
+        assert fields["metadata"]["total_size"] == sum(tensor.nbytes for tensor in ours.values())
+
+
+def test_modules_of_another_size_are_refused(tmp_path: Path) -> None:
+    """Copies of more rows make the embeddings grow; fewer, or wider ones, are of another model."""
+    folder = _adapter(_base(tmp_path / "base"), tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    for name, config in (("longer", {"vocab_size": 264}), ("wide", {"hidden_size": 48})):
+        other = _base(tmp_path / name, LLAMA | config)
+        with pytest.raises(MemplanError, match="adapter") as caught:
+            merge(folder, tmp_path / "merged", base=str(other))
+        assert caught.value.hint
+    shorter = _base(tmp_path / "shorter", LLAMA | {"vocab_size": 250})
+    merge(folder, tmp_path / "merged", base=str(shorter))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    trained = load_file(folder / "adapter_model.safetensors")["base_model.model.model.embed_tokens.weight"]
+    assert torch.equal(loaded.get_input_embeddings().weight, trained)
+    assert loaded.get_output_embeddings().weight.shape[0] == loaded.config.vocab_size == 260
+
+
 def test_sums_are_rounded_once(tmp_path: Path) -> None:
     """A bfloat16 base stays bfloat16, each weight the float32 sum rounded to it."""
     base = _base(tmp_path / "base", dtype=torch.bfloat16)
@@ -241,7 +305,8 @@ def _rename(folder: Path, old: str, new: str) -> None:
     [
         (lambda folder: _edit(folder, use_dora=True), "`use_dora`"),
         (lambda folder: _edit(folder, bias="all"), "`bias`"),
-        (lambda folder: _edit(folder, modules_to_save=["lm_head"]), "`modules_to_save`"),
+        (lambda folder: _edit(folder, modules_to_save=["lm_head"]), "lacks `lm_head.weight`"),
+        (lambda folder: _edit(folder, ensure_weight_tying=True), "`ensure_weight_tying`"),
         (lambda folder: _edit(folder, peft_type="IA3"), "type `IA3`"),
         (lambda folder: _edit(folder, init_lora_weights="pissa"), "pissa"),
         (lambda folder: _edit(folder, base_model_name_or_path=None), "what its base is"),

@@ -112,6 +112,23 @@ def test_a_run_with_new_tokens(tmp_path: Path, method: str, changes: dict[str, A
     torch.testing.assert_close(_logits(merged)[..., :261], _logits(adapted)[..., :261])
 
 
+def test_new_tokens_in_copies_that_train(tmp_path: Path) -> None:
+    """All rows train in copies of the grown, tied matrix: peft's model on a base that has grown as much, and merged."""
+    saved = ("embed_tokens", "lm_head")
+    job = _job(tmp_path, tied=True, lora__modules_to_save=saved, train__max_steps=2)
+    folder = prepared(job)
+    assert run_job(folder) == 0
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    base.resize_token_embeddings(264)
+    expected = _logits(peft.PeftModel.from_pretrained(base, folder / "final"))
+    merge(folder, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == 264
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(_logits(merged), expected)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     """The trained rows and their optimizer states are in the checkpoint; another list of tokens is another job."""
     job = _job(tmp_path, train__save_every=2, train__max_steps=4)

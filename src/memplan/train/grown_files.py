@@ -1,5 +1,5 @@
 """
-Safetensors files whose embeddings get more rows or other ones, without reading what stays as it is.
+Safetensors files whose embeddings get more rows or other ones, or a head beside them, without reading what stays.
 
 The format is 8 bytes with the length of the header, the header in JSON, the data (the format's own description,
 https://github.com/huggingface/safetensors).
@@ -21,17 +21,25 @@ from memplan.train.skeleton import add_mean_rows
 _METADATA = "__metadata__"
 
 
-def copy_grown(source: Path, destination: Path, rows: Mapping[str, int]) -> None:
+def copy_grown(
+    source: Path, destination: Path, rows: Mapping[str, int], added: Mapping[str, str] | None = None
+) -> None:
     """
     Copy a file, with more rows in some of its tensors: `add_mean_rows`. No more than those are in RAM.
 
     Args:
         rows: by tensor, how many it is to have.
+        added: names of tensors to put behind the others, by them those that they are copies of.
     """
-    if not rows:
+    added = added or {}
+    if not rows and not added:
         shutil.copyfile(source, destination)
         return
-    grown = {name: add_mean_rows(tensor, rows[name]) for name, tensor in _read(source, rows)}
+    names = {*rows, *added.values()}
+    grown = {
+        name: add_mean_rows(tensor, rows[name]) if name in rows else tensor
+        for name, tensor in _read(source, names)
+    }
     header, data = read_header(source)
     ordered = sorted(
         (item for item in header.items() if item[0] != _METADATA), key=lambda item: item[1]["data_offsets"]
@@ -45,6 +53,10 @@ def copy_grown(source: Path, destination: Path, rows: Mapping[str, int]) -> None
             shape, num_bytes = list(grown[name].shape), grown[name].nbytes
         changed[name] = {**entry, "shape": shape, "data_offsets": [end, end + num_bytes]}
         end += num_bytes
+    for name, twin in added.items():
+        num_bytes = grown[twin].nbytes
+        changed[name] = {**changed[twin], "data_offsets": [end, end + num_bytes]}
+        end += num_bytes
     encoded = json.dumps(changed, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with source.open("rb") as old, destination.open("wb") as new:
@@ -52,10 +64,12 @@ def copy_grown(source: Path, destination: Path, rows: Mapping[str, int]) -> None
         for name, entry in ordered:
             first, last = entry["data_offsets"]
             if name in grown:
-                new.write(as_bytes(grown.pop(name)))
+                new.write(as_bytes(grown[name]))
             else:
                 old.seek(data + first)
                 _copy(old, new, last - first)
+        for twin in added.values():
+            new.write(as_bytes(grown[twin]))
 
 
 def write_rows(file: Path, name: str, ids: Sequence[int], rows: Tensor) -> None:
@@ -67,6 +81,11 @@ def write_rows(file: Path, name: str, ids: Sequence[int], rows: Tensor) -> None:
         for number, row in zip(ids, converted):
             opened.seek(offset + number * row.nbytes)
             opened.write(as_bytes(row))
+
+
+def write_whole(file: Path, name: str, tensor: Tensor) -> None:
+    """Write a tensor over that of the same shape in a file, in its dtype."""
+    write_rows(file, name, [0], tensor.unsqueeze(0))
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:

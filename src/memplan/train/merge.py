@@ -1,5 +1,5 @@
 """
-`memplan merge`: adds LoRA adapters to the weights they were trained beside.
+`memplan merge`: adds LoRA adapters to the weights they were trained beside; what was trained whole takes their places.
 
 The files of the base are copied as they are, and every weight that has an adapter is written over in its copy: same
 files, same order, same dtypes. At no time is more in RAM than the largest such weight, in float32, and what is added to
@@ -13,23 +13,24 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memplan.errors import ModelError, RunError
 from memplan.job.spec import Job
-from memplan.model import resolve_config
-from memplan.model.catalogue import find_hub_id
-from memplan.tape.vocabulary import num_embeddings
 from memplan.train.adapter_file import CONFIG, AdapterFile, read_adapter
-from memplan.train.grown_files import as_bytes, copy_grown, read_header, tensor_offsets, write_rows
-from memplan.train.meta_model import as_transformers
+from memplan.train.grown_files import (
+    as_bytes,
+    copy_grown,
+    read_header,
+    tensor_offsets,
+    write_rows,
+    write_whole,
+)
+from memplan.train.merge_plan import Edit, Plan, base_files, model_source, plan_merge
 from memplan.train.output_folder import CHECKPOINTS, FINAL, JOB_FILE, read_job
 from memplan.train.report import resume_command
-from memplan.train.stream import INDEX, Target, find_files, find_targets
-from memplan.train.tokens import Tokenizer, first_line, load_tokenizer, model_folder
+from memplan.train.stream import INDEX
 
 BESIDE_WEIGHTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -50,6 +51,10 @@ class Merged:
     num_files: int
     was_quantized: bool
     """The adapters were trained beside a quantised base."""
+    num_replaced: int = 0
+    """Tensors that were trained whole and have taken the places of those of the base."""
+    is_untied: bool = False
+    """The head has a weight of its own now."""
 
 
 def merge(
@@ -73,9 +78,9 @@ def merge(
     folder, job = _find_adapter(source)
     adapter = read_adapter(folder)
     name = base or _base_of(adapter, job)
-    files = _files(name)
-    plan = _plan(adapter, name, files, job)
-    _check_disk(files, output)
+    files = base_files(name)
+    plan = plan_merge(adapter, name, files, job)
+    _check_disk(files, output, plan)
     unfinished = output.absolute().with_name(f"{_UNFINISHED}{output.absolute().name}")
     try:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
@@ -84,17 +89,19 @@ def merge(
         for number, file in enumerate(files, 1):
             say(f"merging file {number} of {len(files)}: {file.name}")
             grown = {tensor: plan.num_rows for tensor in plan.vocabulary.get(file, ()) if plan.grows}
-            copy_grown(file, unfinished / file.name, grown)
+            copy_grown(file, unfinished / file.name, grown, plan.whole.added.get(file))
             _write_over(unfinished / file.name, plan.edits.get(file, {}), adapter)
             for tensor, module in plan.vocabulary.get(file, {}).items():
                 if module in adapter.modules_with_rows:
                     write_rows(
                         unfinished / file.name, tensor, adapter.token_ids(module), adapter.token_rows(module)
                     )
+            for tensor, key in plan.whole.replaced.get(file, {}).items():
+                write_whole(unfinished / file.name, tensor, adapter.whole_tensor(key))
         _copy_beside(name, folder, unfinished)
         if plan.tokenizer is not None and plan.tokenizer.save is not None:
             plan.tokenizer.save(unfinished)
-        if plan.grows:
+        if plan.grows or plan.whole.is_untied:
             _write_sizes(unfinished, plan)
         unfinished.replace(output)
     except OSError as error:
@@ -107,7 +114,9 @@ def merge(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     was_quantized = job is not None and job.method == "qlora"
-    return Merged(output, name, len(adapter.layers), len(files), was_quantized)
+    return Merged(
+        output, name, len(adapter.layers), len(files), was_quantized, len(adapter.whole), plan.whole.is_untied
+    )
 
 
 def _check_output(output: Path) -> None:
@@ -157,160 +166,35 @@ def _base_of(adapter: AdapterFile, job: Job | None) -> str:
     return str(name)
 
 
-def _source(name: str) -> str:
-    """A model as transformers finds it: local folder or hub id."""
-    folder = model_folder(name, None)
-    if folder is not None:
-        return str(folder)
-    return find_hub_id(name) or name
-
-
-def _files(name: str) -> list[Path]:
-    try:
-        files = find_files(_source(name))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the weights of `{name}` cannot be found: {first_line(error)}",
-            hint="name a local folder with the weights: `--base FOLDER`",
-        ) from error
-    if not files:
-        raise ModelError(
-            f"`{name}` has no safetensors files",
-            hint="save it with transformers' `save_pretrained` first, and name that folder with `--base`",
-        )
-    return files
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is done to the files of the base."""
-
-    edits: dict[Path, dict[str, Edit]]
-    """What is added to, by file and tensor."""
-    vocabulary: dict[Path, dict[str, str]]
-    """Tensors with a row for every token, and the module that the adapter knows each by."""
-    num_rows: int
-    grows: bool
-    """Whether these tensors have fewer rows in the base."""
-    tokenizer: Tokenizer | None
-    """With the tokens that the run has added; None where it has added none."""
-
-
-def _plan(adapter: AdapterFile, name: str, files: list[Path], job: Job | None) -> Plan:
-    model = _meta_model(name)
-    targets = {target.name: target for target in find_targets(model, model.state_dict().keys(), files)}
-    edits = _plan_edits(adapter, name, model, targets)
-    before = int(model.get_input_embeddings().weight.shape[0])
-    num_rows, tokenizer = before, None
-    if job is not None and job.data.special_tokens:
-        tokenizer = load_tokenizer(
-            _source(name),
-            model_folder(name, None),
-            weights="pretrained",
-            vocab_size=before,
-            chat_template=job.data.chat_template,
-            special_tokens=job.data.special_tokens,
-        )
-        num_rows = num_embeddings(job, before, tokenizer.size, tokenizer.num_new)
-    highest = max((max(adapter.token_ids(module)) for module in adapter.modules_with_rows), default=-1)
-    num_rows = max(num_rows, highest + 1)
-    if num_rows == before and not adapter.modules_with_rows:
-        return Plan(edits, {}, num_rows, grows=False, tokenizer=tokenizer)
-    vocabulary = _vocabulary(model, targets)
-    missing = set(adapter.modules_with_rows) - {
-        module for found in vocabulary.values() for module in found.values()
-    }
-    if missing:
-        raise ModelError(
-            f"the adapter has rows of `{min(missing)}`, and `{name}` has no such embeddings or head",
-            hint="name the model that it was trained beside with `--base`",
-        )
-    return Plan(edits, vocabulary, num_rows, grows=num_rows > before, tokenizer=tokenizer)
-
-
-def _vocabulary(model: Any, targets: dict[str, Target]) -> dict[Path, dict[str, str]]:
-    """Tensors of the files that have a row for every token, and the modules whose rows they get."""
-    names = {module: name for name, module in model.named_modules()}
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    found: dict[Path, dict[str, str]] = {}
-    for module in dict.fromkeys((embeddings, head)):
-        for attribute, tensor in module.named_parameters(recurse=False):
-            target = targets.get(f"{names[module]}.{attribute}")
-            if target is not None:
-                source = target.sources[-1]
-                is_tied = tensor is embeddings.weight
-                owner = names[embeddings if is_tied else module] if attribute == "weight" else attribute
-                found.setdefault(source.file, {})[source.name] = owner
-    return found
-
-
 def _write_sizes(output: Path, plan: Plan) -> None:
-    """The config and the index as the grown embeddings have it."""
+    """The config and the index as the embeddings have it that have grown or are no head any more."""
     path = output / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "vocab_size": plan.num_rows}, indent=2) + "\n", encoding="utf-8")
+    if plan.grows:
+        config["vocab_size"] = plan.num_rows
+    if plan.whole.is_untied:
+        config["tie_word_embeddings"] = False
+        if "tie_word_embeddings" in config.get("text_config", {}):
+            config["text_config"]["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     index = output / INDEX
     if index.is_file():
         fields = json.loads(index.read_text(encoding="utf-8"))
         fields.setdefault("metadata", {})["total_size"] = sum(
             file.stat().st_size - read_header(file)[1] for file in output.glob("*.safetensors")
         )
+        for file, names in plan.whole.added.items():
+            fields["weight_map"].update(dict.fromkeys(names, file.name))
         index.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def _plan_edits(
-    adapter: AdapterFile, name: str, model: Any, targets: dict[str, Target]
-) -> dict[Path, dict[str, Edit]]:
-    """What is added to, by file and tensor."""
-    modules = dict(model.named_modules())
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    edits: dict[Path, dict[str, Edit]] = {}
-    for layer in adapter.layers:
-        module, target = modules.get(layer), targets.get(f"{layer}.weight")
-        if f"{layer}.weight" in tied:
-            raise RunError(
-                f"`{layer}` shares its weight with the embeddings, so that an adapter beside it cannot be merged",
-                hint="keep the adapter, or train without it",
-            )
-        if module is None or target is None or not hasattr(module, "weight"):
-            raise ModelError(
-                f"the adapter has a layer `{layer}`, and `{name}` has none of that name",
-                hint="name the model that it was trained beside with `--base`",
-            )
-        if target.converter is not None or len(target.sources) > 1:
-            raise RunError(
-                f"the files of the base hold `{layer}` in another layout than the model",
-                hint="save the base with transformers' `save_pretrained` first, or merge with peft",
-            )
-        source = target.sources[0]
-        # transformers' Conv1D keeps its weight the other way round.
-        edits.setdefault(source.file, {})[source.name] = Edit(layer, not isinstance(module, nn.Linear))
-    return edits
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A tensor of a file that gets what the adapter of `layer` adds."""
-
-    layer: str
-    is_transposed: bool
-
-
-def _meta_model(name: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = resolve_config(name).config
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"the weights of `{name}` are quantised, and adapters are added to whole numbers of 16 or 32 bits",
-            hint="name the model in full precision with `--base`",
-        )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(as_transformers(config))
-
-
-def _check_disk(files: list[Path], output: Path) -> None:
+def _check_disk(files: list[Path], output: Path, plan: Plan) -> None:
     needed = sum(file.stat().st_size for file in files)
+    for file, added in plan.whole.added.items():
+        header, _ = read_header(file)
+        for twin in added.values():
+            first, last = header[twin]["data_offsets"]
+            needed += last - first
     there = next(path for path in output.absolute().parents if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
@@ -362,7 +246,7 @@ def _copy_beside(name: str, adapter_folder: Path, output: Path) -> None:
 
     for file_name in BESIDE_WEIGHTS:
         found = cached_file(
-            _source(name), file_name,
+            model_source(name), file_name,
             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
         own = adapter_folder / file_name
@@ -375,6 +259,9 @@ def _copy_beside(name: str, adapter_folder: Path, output: Path) -> None:
 def explain(merged: Merged) -> list[str]:
     """What a person should know of a merge."""
     lines = [f"merged {merged.num_layers} layers into `{merged.base}`: {merged.output}"]
+    if merged.num_replaced:
+        own = ", and the head has a weight of its own now" if merged.is_untied else ""
+        lines.append(f"{merged.num_replaced} tensors that were trained whole are in it{own}")
     if merged.was_quantized:
         lines.append(
             "note: the adapters were trained beside a quantised base and are now in the one in full precision, "
