@@ -10,7 +10,13 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.published import Case, Measurement
-from memplan.allocator import AllocatorOutOfMemory, Replay, replay, replay_with_need
+from memplan.allocator import (
+    AllocatorOutOfMemory,
+    Replay,
+    replay,
+    replay_with_need,
+    reserved_at_either_pace,
+)
 from memplan.budget.count import count_parameters
 from memplan.budget.outside import non_torch_bytes
 from memplan.gpu.catalogue import match_gpu
@@ -130,7 +136,10 @@ def compare(case: Case) -> list[Row]:
 
 
 class Run:
-    """A case replayed as `estimate` replays it, without what a comparison does not ask for."""
+    """
+    A case replayed as `estimate` replays it, without what a comparison does not ask for; `replay` is that with the host
+    ahead of the device.
+    """
 
     def __init__(self, case: Case, behaviour: Behaviour) -> None:
         self.case = case
@@ -140,7 +149,8 @@ class Run:
 
     def predict(self, statistic: str) -> int | None:
         """Bytes of this statistic over the case's scope; None for one that is not predicted."""
-        phases = [phase for phase in self.replay.phases if self._inside(phase.mark)]
+        replayed = self.at_either_pace() if statistic == "reserved" else self.replay
+        phases = [phase for phase in replayed.phases if self._inside(phase.mark)]
         if statistic == "allocated":
             return max(phase.allocated_peak_bytes for phase in phases) - self._between_stages_bytes()
         if statistic == "reserved":
@@ -150,6 +160,14 @@ class Run:
         if statistic == END and self.case.gpus == 1:
             return self.replay.allocated_bytes
         return None
+
+    def at_either_pace(self) -> Replay:
+        """With a device that keeps up; what is reserved is the higher of that and of `replay`, as in `estimate`."""
+        if not self.tape.recorded:
+            return self.replay
+        tape = self.tape
+        keeping_up = replay(tape.events, tape.sizes, tape.streams, self.case.job.allocator, marks=tape.marks)
+        return reserved_at_either_pace(keeping_up, self.replay)
 
     def _between_stages_bytes(self) -> int:
         """

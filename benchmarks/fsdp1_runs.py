@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import takewhile
 
 from benchmarks.compare import Row, Run
 from benchmarks.published import Case
-from memplan.allocator import CachingAllocator, replay
+from benchmarks.stream_times import HOOKS, LINKS, RUNS, SECONDS, SLOW_LINK, load_stream_times
+from benchmarks.tables import table
+from memplan.allocator import replay
 from memplan.tape.tape import WrittenTape
 from memplan.tape.writer import write_tape
 from memplan.units import MiB
@@ -17,7 +17,9 @@ from memplan.units import MiB
 TELLING = ("fsdpqlora-3090-7b-lora-bs6-2048", "fsdpqlora-3090-7b-lora-ddp-bs4-2048")
 """Runs in which an adapter's output added in place changes how many large segments there are."""
 SHORT = ("fsdpqlora-3090-7b-qlora-bs1-512", "fsdpqlora-3090-7b-lora-bs1-512")
-"""Complete jobs of high trust that are planned too low beyond rounding."""
+"""Runs whose host was not ahead of the device."""
+REPRODUCED = 800e-6
+"""Seconds of the host for FSDP's hooks around a unit with which the published times of a step come out."""
 
 
 def fsdp1_note(rows: Sequence[Row]) -> str:
@@ -25,74 +27,78 @@ def fsdp1_note(rows: Sequence[Row]) -> str:
     reserved = {row.case.id: row for row in rows if row.measured.statistic == "reserved"}
     if not all(name in reserved for name in (*TELLING, *SHORT)):
         return ""
-    added = [without_sum_in_place(reserved[name]) for name in TELLING]
+    telling = [ahead(reserved[name]) for name in TELLING]
+    added = [without_sum_in_place(row) for row in telling]
     return (
         "The jobs of fsdp_qlora run under FSDP1 (torch 2.2). Its source names no version of peft, which until 0.8.2 "
         "adds an adapter's output in place. Planned so, "
         f"{' and '.join(f'`{name}`' for name in TELLING)} are off by "
-        f"{' and '.join(f'{reserved[name].error:+.2%}' for name in TELLING)}; with a sum of its own, as since 0.9, by "
+        f"{' and '.join(f'{row.error:+.2%}' for row in telling)} with a host that is ahead of the device; with a "
+        "sum of its own, as since 0.9, by "
         f"{' and '.join(f'{row.error:+.2%}' for row in added)}, in either one segment of the MLP's inner width less: "
-        "all of them are planned with 0.8.2. Below beyond rounding are "
-        f"{_named(reserved[name] for name in SHORT)}, the two with 512 tokens. One segment of 20 MiB more would be "
-        "right for both; what asks for it was not found. Excluded: reductions that wait for gathers in NCCL's stream "
-        f"(replayed in its order: {_named(_in_order(reserved[name]) for name in SHORT)}), the order of the driver's "
-        "addresses (no difference) and one more small block, whenever it is taken (2 MiB at most).\n\n"
+        "all of them are planned with 0.8.2.\n\n"
+        f"{_pace_note([row for row in rows if row.case.id.startswith(RUNS) and row.measured.statistic == 'reserved'])}"
     )
 
 
+def _pace_note(rows: Sequence[Row]) -> str:
+    """What the host's pace decides."""
+    times = load_stream_times()
+    lines = [
+        [f"`{row.case.id}`", *(_mib(num_bytes, row) for num_bytes in times[row.case.id]["reserved"])]
+        for row in rows
+    ]
+    slow = HOOKS.index(REPRODUCED)
+    off = max(abs(times[name]["seconds"][slow] / seconds - 1) for name, seconds in SECONDS.items())
+    return (
+        "One segment of 20 MiB in the pool of the stream that gathers goes by the host's pace. In backward the matrix "
+        "that is let go, the next one and the flat gradient are there at once, and no more than two of 1.3 MiB fit "
+        "beside the gathered units. If the host was ahead of the device at any block of the first forward pass, the "
+        "unit before was not free yet at a gather, so that a second one was taken, which has room for the third. If "
+        "the device waited for the host all the way, the third takes a segment. With 512 tokens it can, with 2048 "
+        "kernels are too long. Both are replayed, and the higher is planned, as by `estimate`: "
+        f"{_named(reserved_of(rows, SHORT))} are right so, the others with the host ahead. With the host ahead alone "
+        f"the two would be off by {_beside_all(map(ahead, reserved_of(rows, SHORT)))}.\n\n"
+        "`python -m benchmarks.stream_times` replays them with clocks: operations at the card's peaks, and a range of "
+        f"links, {min(LINKS) / 1e9:g} to {max(LINKS) / 1e9:g} GB/s, and of the host's time for FSDP's hooks around a "
+        f'unit. With {REPRODUCED * 1e3:g} ms and {SLOW_LINK / 1e9:g} GB/s (PCIe 3.0 with 4 lanes; the source has "slow '
+        f'PCI lanes") the times of a step that the source publishes of four of these runs come out within {off:.1%}. '
+        "They are means over 512 steps; the segment is taken in the first one, or not. MiB beside the measurement at "
+        "that link, by the time for hooks in ms, and the lowest and highest over all links:\n\n"
+        + table(
+            ["run", *(f"{hooks * 1e3:g}" for hooks in HOOKS), "lowest", "highest"],
+            [
+                [*line, _mib(times[row.case.id]["lowest"], row), _mib(times[row.case.id]["highest"], row)]
+                for line, row in zip(lines, rows)
+            ],
+            len(HOOKS) + 2,
+        )
+        + "\n"
+    )
+
+
+def reserved_of(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """The rows of these cases."""
+    return [row for row in rows if row.case.id in names]
+
+
+def _mib(num_bytes: int, row: Row) -> str:
+    return f"{(num_bytes - row.measured.bytes) / MiB:+.1f}"
+
+
+def ahead(row: Row) -> Row:
+    """Planned with the host ahead of the device alone."""
+    return replace(row, predicted_bytes=Run(row.case, row.case.behaviour).replay.peak_reserved_bytes)
+
+
+def _beside_all(rows: Iterable[Row]) -> str:
+    return " and ".join(map(_beside, rows))
+
+
 def without_sum_in_place(row: Row) -> Row:
-    """The same run with peft since 0.9."""
-    predicted = Run(row.case, replace(row.case.behaviour, adds_in_place=False)).predict("reserved")
-    assert predicted is not None
-    return replace(row, predicted_bytes=predicted)
-
-
-def reserved_in_collective_order(case: Case) -> int:
-    """
-    Reserved peak in bytes where NCCL runs gathers and reductions one after the other, on one stream, and the host waits
-    for units as FSDP1 does: for the oldest of those let go, once there are two (_limiter_utils.py, _FreeEventQueue).
-
-    Whoever has waited for a unit knows that its gather is over, and the collectives before that. A block is there again
-    once it was freed before that unit, and with no later collective ahead of it: its event stands behind all that was
-    queued when it was freed (`insert_events`).
-    """
-    written = write_tape(case.job, case.architecture, behaviour=case.behaviour)
-    tape = written.flatten()
-    allocator = CachingAllocator(case.job.allocator)
-    sizes = allocator.all_block_bytes(tape.sizes)
-    let_go: deque[tuple[int, int]] = deque()
-    """Units let go, in order: how many blocks were freed by then, how many collectives are over once that is seen."""
-    freed: dict[int, tuple[int, int]] = {}
-    """By recorded storage: how many were freed before it, how many collectives were queued."""
-    gathers: dict[int, int] = {}
-    collectives = over = 0
-    for event in tape.events:
-        storage = abs(event)
-        if event > 0 and event in tape.waits:
-            if not tape.waits[event]:
-                allocator.pass_events()
-            elif len(let_go) >= 2:
-                allocator.pass_events(_num_over(allocator, freed, *let_go.popleft()))
-        if event > 0 or storage not in tape.recorded:
-            if event > 0 and written.describe(event).where.endswith("all-gather output"):
-                collectives += 1
-                gathers[event] = collectives
-            allocator.run((event,), sizes, tape.streams)
-        else:
-            if storage in gathers:
-                over = max(over, gathers[storage])
-                let_go.append((len(freed) + 1, over))
-            elif written.describe(storage).where.endswith("flat gradient"):
-                collectives += 1
-            freed[storage] = len(freed), collectives
-            allocator.free_recorded(storage)
-    return allocator.peak_reserved_bytes
-
-
-def _num_over(allocator: CachingAllocator, freed: Mapping[int, tuple[int, int]], seen: int, over: int) -> int:
-    """How many of the outstanding blocks were freed before the `seen` first, behind no more than `over` collectives."""
-    outstanding = (freed[storage] for storage in allocator.outstanding)
-    return sum(1 for _ in takewhile(lambda at: at[0] < seen and at[1] <= over, outstanding))
+    """The same run with peft since 0.9, the host ahead of the device."""
+    later = Run(row.case, replace(row.case.behaviour, adds_in_place=False))
+    return replace(row, predicted_bytes=later.replay.peak_reserved_bytes)
 
 
 def reserved_with_ranks_ahead(case: Case) -> int:
@@ -126,10 +132,6 @@ def _with_buckets_kept(written: WrittenTape, events: Sequence[int]) -> list[int]
     kept = [event for event in events if event not in early]
     at = kept.index(last)
     return [*kept[:at], *buckets[:-1], *kept[at:]]
-
-
-def _in_order(row: Row) -> Row:
-    return replace(row, predicted_bytes=reserved_in_collective_order(row.case))
 
 
 def _named(rows: Iterable[Row]) -> str:

@@ -146,16 +146,17 @@ def test_reserved_peaks_of_complete_cases(rows: list[Row]):
 
 
 def test_no_reserved_peak_of_a_complete_job_is_below_the_measurement(rows: list[Row]):
-    """Of sources of high trust, beyond the rounding of what they print: but for the two of 512 tokens under FSDP1."""
+    """Of sources of high trust, beyond the rounding of what they print."""
     complete = [row for row in rows if row.case.trust == "high" and not row.case.completeness]
-    below = {
-        row.case.id: round((row.predicted_bytes - row.measured.bytes) / MiB)
-        for row in complete
-        if row.measured.statistic == "reserved" and row.group != SCRIPTED
+    jobs = [row for row in complete if row.measured.statistic == "reserved" and row.group != SCRIPTED]
+    below = [
+        row.case.id
+        for row in jobs
         if row.measured.bytes - row.predicted_bytes > 1 + row.measured.rounding_bytes
-    }
+    ]
 
-    assert {"fsdpqlora-3090-7b-qlora-bs1-512": -20, "fsdpqlora-3090-7b-lora-bs1-512": -22} == below
+    assert 19 == len(jobs)
+    assert not below
 
 
 @pytest.mark.parametrize(("name", "segments"), [("preflight-gpt2-b4-s128", 0), ("preflight-gpt2-b8-s256", 1)])

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import pytest
 
-from memplan.allocator import AllocatorOutOfMemory, CachingAllocator, replay, replay_with_need
+from memplan.allocator import (
+    AllocatorOutOfMemory,
+    CachingAllocator,
+    replay,
+    replay_with_need,
+    reserved_at_either_pace,
+)
 from memplan.job.spec import AllocatorSettings
+from memplan.tape.tape import Mark
 from memplan.units import MiB
 
 SETTINGS = AllocatorSettings(expandable_segments=False)
@@ -134,3 +141,16 @@ def test_how_far_ahead_the_host_may_be(recorded: set[int], waits: dict[int, int]
     assert 30 * MiB == result.peak_allocated_bytes
     assert 30 * MiB == replay_with_need(EVENTS, SIZES, STREAMS, SETTINGS)[1]
     replay(EVENTS, SIZES, STREAMS, SETTINGS, limit_bytes=30 * MiB, recorded=recorded, waits=waits)
+
+
+def test_what_is_reserved_at_either_pace():
+    """The higher of both, of the whole and of each phase; what is allocated is that of a device that keeps up."""
+    marks = [Mark(0, "forward", 1), Mark(6, "backward", 1)]
+    keeping_up = replay(EVENTS, SIZES, STREAMS, SETTINGS, marks=marks)
+    ahead = replay(EVENTS, SIZES, STREAMS, SETTINGS, marks=marks, recorded={1, 2, 3, 4})
+    either = reserved_at_either_pace(keeping_up, ahead)
+
+    assert [60 * MiB, 120 * MiB] == [phase.reserved_peak_bytes for phase in either.phases]
+    assert (120 * MiB, ahead.peak_reserved_event) == (either.peak_reserved_bytes, either.peak_reserved_event)
+    assert keeping_up.peak_allocated_bytes == either.peak_allocated_bytes
+    assert 120 * MiB == reserved_at_either_pace(ahead, keeping_up).peak_reserved_bytes

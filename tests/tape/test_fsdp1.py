@@ -294,13 +294,13 @@ def test_matrices_of_adapters_are_units_of_their_own():
         (256, "all-gather output"),  # the block
         (128, "all-gather output"),  # B, and A ahead of it
         (128, "all-gather output"),
-        (-128, "all-gather output"),
         (128, "flat gradient"),
+        (-128, "all-gather output"),  # after AccumulateGrad, which has the flat gradient
         (64, "gradients of a unit"),
         (-128, "flat gradient"),
         (128, "all-gather output"),  # the block before
-        (-128, "all-gather output"),
         (128, "flat gradient"),
+        (-128, "all-gather output"),
         (64, "gradients of a unit"),
         (-128, "flat gradient"),
     ] == steps

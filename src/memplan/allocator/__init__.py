@@ -6,7 +6,7 @@ a limit, and the smallest capacity at which the tape completes.
 from memplan.allocator.cache import AllocatorOutOfMemory
 from memplan.allocator.caching_allocator import CachingAllocator
 from memplan.allocator.need import replay_with_need, smallest_capacity, smallest_capacity_exact
-from memplan.allocator.replay import PhasePeak, Replay, replay
+from memplan.allocator.replay import PhasePeak, Replay, replay, reserved_at_either_pace
 from memplan.allocator.sizes import block_bytes
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "block_bytes",
     "replay",
     "replay_with_need",
+    "reserved_at_either_pace",
     "smallest_capacity",
     "smallest_capacity_exact",
 ]

@@ -60,12 +60,32 @@ def replay(
     can give `limit_bytes` (None: without end).
 
     With `recorded` and `waits` (`Tape`) the host is as far ahead of the device as what makes it wait allows; without,
-    the device keeps up, and every block is there again when it is freed. A run is between the two.
+    the device keeps up, and every block is there again when it is freed. A run is between the two; which of them
+    reserves more depends on the tape (`reserved_at_either_pace`).
 
     Raises `AllocatorOutOfMemory`, with the index of the event, if the tape does not complete under the limit.
     """
     allocator = CachingAllocator(settings, limit_bytes=limit_bytes)
     return follow(allocator, events, allocator.all_block_bytes(sizes), streams, marks, recorded, waits)
+
+
+def reserved_at_either_pace(keeping_up: Replay, ahead: Replay) -> Replay:
+    """
+    The replay in which the device keeps up, with the reserved peaks of that in which the host is ahead where they are
+    higher: blocks that come back late make room elsewhere necessary, and a cache that grew early serves what would
+    otherwise take a segment of its own.
+    """
+    phases = tuple(
+        phase._replace(reserved_peak_bytes=max(phase.reserved_peak_bytes, other.reserved_peak_bytes))
+        for phase, other in zip(keeping_up.phases, ahead.phases, strict=True)
+    )
+    if ahead.peak_reserved_bytes <= keeping_up.peak_reserved_bytes:
+        return keeping_up._replace(phases=phases)
+    return keeping_up._replace(
+        phases=phases,
+        peak_reserved_bytes=ahead.peak_reserved_bytes,
+        peak_reserved_event=ahead.peak_reserved_event,
+    )
 
 
 def follow(

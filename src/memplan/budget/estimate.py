@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from memplan.allocator import replay_with_need
+from memplan.allocator import replay, replay_with_need, reserved_at_either_pace, smallest_capacity
 from memplan.budget.accuracy import error_band
 from memplan.budget.alive import Snapshot, snapshots, timeline
 from memplan.budget.count import count_parameters
@@ -156,7 +156,7 @@ def need_bytes(job: Job, architecture: Architecture) -> int:
     The smallest capacity of one GPU at which the job completes, in bytes, what is outside torch included.
     """
     tape = write_tape(job, architecture).flatten()
-    return measure(tape, job.allocator).need_bytes + non_torch_bytes(job)[0]
+    return smallest_capacity(tape.events, tape.sizes, tape.streams, job.allocator) + non_torch_bytes(job)[0]
 
 
 def with_known_need(result: Result, job: Job, need_bytes: int) -> Result:
@@ -197,8 +197,22 @@ class Measured(NamedTuple):
 
 
 def measure(tape: Tape, settings: AllocatorSettings) -> Measured:
-    """A tape through the simulated allocator."""
-    replay, need = replay_with_need(tape.events, tape.sizes, tape.streams, settings, marks=tape.marks)
+    """
+    A tape through the simulated allocator. Where streams use each other's blocks, what is reserved is the higher of
+    what it is with a device that keeps up and with a host that is ahead.
+    """
+    replayed, need = replay_with_need(tape.events, tape.sizes, tape.streams, settings, marks=tape.marks)
+    if tape.recorded:
+        ahead = replay(
+            tape.events,
+            tape.sizes,
+            tape.streams,
+            settings,
+            marks=tape.marks,
+            recorded=tape.recorded,
+            waits=tape.waits,
+        )
+        replayed = reserved_at_either_pace(replayed, ahead)
     phases = [
         PhaseMeasure(
             peak.mark.phase,
@@ -207,10 +221,10 @@ def measure(tape: Tape, settings: AllocatorSettings) -> Measured:
             peak.allocated_peak_bytes,
             peak.reserved_peak_bytes,
         )
-        for peak in replay.phases
+        for peak in replayed.phases
         if peak.mark.phase != "end"
     ]
-    return Measured(need, replay.peak_reserved_bytes, phases)
+    return Measured(need, replayed.peak_reserved_bytes, phases)
 
 
 def measure_live(tape: Tape) -> Measured:

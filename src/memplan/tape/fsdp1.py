@@ -192,13 +192,15 @@ class Fsdp1Units:
 
     def _reduce_matrix(self, parameter: Parameter) -> None:
         """AccumulateGrad of a matrix: _post_backward_hook."""
-        if not _is_matrix(parameter.name):
-            return
+        if _is_matrix(parameter.name):
+            self._reduce_unit(parameter.layer, [parameter])
+
+    def _reshard_matrix(self, parameter: Parameter) -> None:
+        """In that hook, which AccumulateGrad calls with the flat gradient there."""
         if self.is_last or not self.layout.keep_unsharded:
             self.matrices.pop((parameter.layer, parameter.name), None)
-        if self.prefetch == "BACKWARD_POST":
+        if self.prefetch == "BACKWARD_POST" and _is_matrix(parameter.name):
             self._gather_ahead_of(parameter)
-        self._reduce_unit(parameter.layer, [parameter])
 
     # -- collectives ---------------------------------------------------------------------------------------
 
@@ -261,7 +263,9 @@ class Fsdp1Units:
             if self.adapter_units and parameter.grad is not None and parameter.grad.storage is not None:
                 g.record_stream(parameter.grad.storage)
             parameter.grad = None
-        if not self.adapter_units:
+        if self.adapter_units:
+            self._reshard_matrix(parameters[0])
+        else:
             self._reshard(layer)
             if self.prefetch == "BACKWARD_POST":
                 self._gather_ahead(layer)
