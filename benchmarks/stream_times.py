@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from benchmarks.published import Case, load_published
 from memplan.allocator import CachingAllocator
 from memplan.model.architecture import Architecture
-from memplan.tape.sharding import GATHER_STREAM, REDUCE_STREAM
+from memplan.tape.sharded.sharding import GATHER_STREAM, REDUCE_STREAM
 from memplan.tape.tape import Tape
 from memplan.tape.writer import write_tape
 from memplan.units import MiB

@@ -27,13 +27,13 @@ from memplan.job.spec import Job, Lora, Parallel
 from memplan.model.architecture import Architecture
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.programs.blocks import CPU_RNG_STATE_BYTES
-from memplan.tape.writer import write_tape
-from memplan.tape.zero_groups import (
+from memplan.tape.sharded.zero_groups import (
     DEEPSPEED,
     persistence_threshold,
     prefetch_elements,
     reduce_bucket_elements,
 )
+from memplan.tape.writer import write_tape
 
 RANKS = 3
 LEAST_BYTES = 4096

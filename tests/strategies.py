@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from memplan.job.fields import Field, job_fields
 from memplan.job.spec import Job, Train
-from memplan.tape.sharding import SHARDED
+from memplan.tape.sharded.sharding import SHARDED
 
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "lm_head")
 

@@ -17,12 +17,19 @@ from memplan.job.spec import Job
 from memplan.model import resolve_model
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import backward_from
-from memplan.tape.fsdp1 import Fsdp1Units, cut_flat
 from memplan.tape.graph import Graph
 from memplan.tape.linear import matmul
-from memplan.tape.sharding import GATHER_STREAM, PRE_GATHER_STREAM, REDUCE_STREAM, Contents, Part, layout
+from memplan.tape.sharded.fsdp1 import Fsdp1Units, cut_flat
+from memplan.tape.sharded.sharding import (
+    GATHER_STREAM,
+    PRE_GATHER_STREAM,
+    REDUCE_STREAM,
+    Contents,
+    Part,
+    layout,
+)
+from memplan.tape.sharded.wrapping import ToWrap, upcast_shards, wrap_units
 from memplan.tape.tensors import Parameter, Storage
-from memplan.tape.wrapping import ToWrap, upcast_shards, wrap_units
 from memplan.tape.writer import write_tape
 
 UNIT_STEPS = ("all-gather output", "flat gradient", "gradients of a unit")

@@ -10,10 +10,10 @@ from memplan.job.load import load_job
 from memplan.job.spec import Job
 from memplan.model import resolve_model
 from memplan.tape.behaviour import Behaviour
-from memplan.tape.fsdp1 import Fsdp1Units
 from memplan.tape.graph import Graph
-from memplan.tape.sharding import Contents, Part, layout
-from memplan.tape.wrapping import ToWrap, wrap_unit, wrap_units
+from memplan.tape.sharded.fsdp1 import Fsdp1Units
+from memplan.tape.sharded.sharding import Contents, Part, layout
+from memplan.tape.sharded.wrapping import ToWrap, wrap_unit, wrap_units
 from memplan.tape.writer import write_tape
 from memplan.units import MiB
 

@@ -15,11 +15,11 @@ from memplan.job.spec import Job, Lora, Offload, Parallel
 from memplan.model.architecture import Architecture
 from memplan.model.tensors import num_parameters
 from memplan.tape.graph import Graph
+from memplan.tape.sharded.zero import ZeroOptimizer
+from memplan.tape.sharded.zero_groups import FlatGroup
 from memplan.tape.tape import Tape
 from memplan.tape.tensors import Parameter
 from memplan.tape.writer import write_tape
-from memplan.tape.zero import ZeroOptimizer
-from memplan.tape.zero_groups import FlatGroup
 
 LLAMA = Architecture(
     name="small", family="llama", hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4,

@@ -13,10 +13,10 @@ from memplan.model.tensors import num_parameters
 from memplan.model.tensors import parameters as parameters_of
 from memplan.tape.graph import Graph
 from memplan.tape.modules import hooked
+from memplan.tape.sharded.zero3 import Zero3Optimizer
+from memplan.tape.sharded.zero3_gather import Coordinator
 from memplan.tape.tensors import Tensor
 from memplan.tape.writer import write_tape
-from memplan.tape.zero3 import Zero3Optimizer
-from memplan.tape.zero3_gather import Coordinator
 
 
 @hooked

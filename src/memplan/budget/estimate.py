@@ -25,10 +25,10 @@ from memplan.budget.result import Host, ParameterCount, Peak, PhaseLine, Result,
 from memplan.job.spec import AllocatorSettings, Job
 from memplan.model.architecture import Architecture
 from memplan.tape.behaviour import Behaviour
+from memplan.tape.sharded.zero_groups import zero_stage
 from memplan.tape.tape import Tape, WrittenTape
 from memplan.tape.vocabulary import with_special_tokens
 from memplan.tape.writer import NUM_STEPS, write_tape
-from memplan.tape.zero_groups import zero_stage
 from memplan.units import MiB
 
 BLOCK_BYTES = 512

@@ -15,8 +15,8 @@ from memplan.model.tensors import num_parameters, parameters
 from memplan.tape.optimizer import SMALL_PAGED_ELEMENTS
 from memplan.tape.packing import num_packed, packed_bytes
 from memplan.tape.shape import checkpointed_layers
-from memplan.tape.sharding import layout
-from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
+from memplan.tape.sharded.sharding import layout
+from memplan.tape.sharded.zero_groups import as_deepspeed_runs_it, zero_stage
 
 
 def host_memory(job: Job, architecture: Architecture) -> Host:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from memplan.budget.host_sizes import HostSizes, trained_numbers
 from memplan.job.spec import DTYPE_BYTES, Job
 from memplan.tape.packing import packed_bytes
-from memplan.tape.sharding import SHARDED
-from memplan.tape.zero_groups import zero_stage
+from memplan.tape.sharded.sharding import SHARDED
+from memplan.tape.sharded.zero_groups import zero_stage
 
 
 def loading_bytes(job: Job, sizes: HostSizes) -> tuple[int, str]:

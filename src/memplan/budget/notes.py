@@ -12,16 +12,16 @@ from memplan.tape.backends import Target
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.liger import FAMILIES as LIGER_FAMILIES
 from memplan.tape.low_bit import LOW_BIT
-from memplan.tape.software import compute_capability
-from memplan.tape.targets import targets_stack, unused_names
-from memplan.tape.vocabulary import num_embeddings
-from memplan.tape.zero_groups import (
+from memplan.tape.sharded.zero_groups import (
     DEEPSPEED,
     persistence_threshold,
     prefetch_elements,
     reduce_bucket_elements,
     zero_stage,
 )
+from memplan.tape.software import compute_capability
+from memplan.tape.targets import targets_stack, unused_names
+from memplan.tape.vocabulary import num_embeddings
 from memplan.units import format_bytes
 
 

@@ -20,7 +20,7 @@ from memplan.fit.slower import activations, micro_batch, states
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture, Outline
 from memplan.tape.liger import FAMILIES as LIGER_FAMILIES
-from memplan.tape.sharding import SHARDED
+from memplan.tape.sharded.sharding import SHARDED
 from memplan.tape.stored import agrees
 
 SEQUENCE_FRACTIONS = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8)

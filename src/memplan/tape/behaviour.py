@@ -10,7 +10,8 @@ from memplan.job.spec import Job
 from memplan.tape.backends import AMPERE, TORCH, Target
 from memplan.tape.liger import FAMILIES as LIGER_FAMILIES
 from memplan.tape.multiprocessors import A100, Multiprocessors, multiprocessors
-from memplan.tape.sharding import SHARDED
+from memplan.tape.sharded.sharding import SHARDED
+from memplan.tape.sharded.zero_groups import zero_stage
 from memplan.tape.software import (
     GptqSoftware,
     compute_capability,
@@ -19,7 +20,6 @@ from memplan.tape.software import (
     expert_masks,
     version_numbers,
 )
-from memplan.tape.zero_groups import zero_stage
 
 TRANSFORMERS = "5.23.0"
 """The version that the programs follow."""
@@ -79,7 +79,7 @@ class Behaviour:
     """
     accelerate_fsdp2: bool = False
     """
-    FSDP2 as accelerate sets it up (tape/fsdp2_accelerate.py), which transformers' Trainer uses since 5
+    FSDP2 as accelerate sets it up (tape/sharded/fsdp2_accelerate.py), which transformers' Trainer uses since 5
     (training_args.py, _process_fsdp_args). Mixed precision is FSDP2's alone, without autocast: parameters are gathered,
     gradients reduced and outputs given in 16 bits, and what trains is stored in float32 unless a base is in 4 bits
     (utils/dataclasses.py, set_mixed_precision; utils/fsdp_utils.py, fsdp2_prepare_model). Packed weights are bytes,
@@ -93,8 +93,8 @@ class Behaviour:
     """
     fsdp1: bool = False
     """
-    FSDP of torch.distributed.fsdp: units are flat (tape/sharding.py), and for a frozen unit it registers a hook on
-    the gradients of the unit's inputs, whose handle keeps them until backward ends; with reentrant checkpointing
+    FSDP of torch.distributed.fsdp: units are flat (tape/sharded/sharding.py), and for a frozen unit it registers a hook
+    on the gradients of the unit's inputs, whose handle keeps them until backward ends; with reentrant checkpointing
     those are the blocks' inputs, cut off their graph, and their gradients
     (_runtime_utils.py, _register_post_backward_reshard_only_hook).
     """

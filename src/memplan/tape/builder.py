@@ -13,11 +13,8 @@ from memplan.job.spec import Job
 from memplan.model.architecture import Architecture, Buffer
 from memplan.model.families import layout as layout_of
 from memplan.model.families.layout import Module
-from memplan.tape.accelerate_loading import WholeUnits
 from memplan.tape.behaviour import Behaviour
-from memplan.tape.cut_late import Uncut
 from memplan.tape.experts import Stack
-from memplan.tape.fsdp2_accelerate import shard_of
 from memplan.tape.gptq import tensors_of
 from memplan.tape.graph import Graph
 from memplan.tape.linear_layer import Gptq, Linear
@@ -29,10 +26,13 @@ from memplan.tape.packing import (
     take_packed,
 )  # fmt: skip
 from memplan.tape.parts import Block, LinearSpec, linear_spec
-from memplan.tape.sharding import Contents, Part, layout, shard_shape
+from memplan.tape.sharded.accelerate_loading import WholeUnits
+from memplan.tape.sharded.cut_late import Uncut
+from memplan.tape.sharded.fsdp2_accelerate import shard_of
+from memplan.tape.sharded.sharding import Contents, Part, layout, shard_shape
+from memplan.tape.sharded.wrapping import ToWrap, add_buffer, add_rotary_tables
+from memplan.tape.sharded.zero_groups import zero_stage
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
-from memplan.tape.wrapping import ToWrap, add_buffer, add_rotary_tables
-from memplan.tape.zero_groups import zero_stage
 
 
 class Builder:
@@ -58,11 +58,11 @@ class Builder:
         # Ranks that every tensor is cut over by itself: stage 3 of ZeRO; 0 for none.
         self.partition_degree = job.parallel.dp_shard if zero_stage(job) == 3 else 0
         self.is_prepared = job.method == "qlora" and job.quantization.kbit_preparation
-        self.cuts_late = self.layout.gathers and job.parallel.strategy == "ZERO_3"  # tape/cut_late.py
+        self.cuts_late = self.layout.gathers and job.parallel.strategy == "ZERO_3"  # tape/sharded/cut_late.py
         self.cuts = self.layout.gathers and not self.flat and not self.cuts_late
         """FSDP2: tensors have memory for a part of them before they are filled."""
         self.cuts_whole = self.cuts and behaviour.accelerate_fsdp2
-        """As FSDP2, but of a model that has been whole before: under accelerate (tape/accelerate_loading.py)."""
+        """As FSDP2, but of a model that has been whole before (tape/sharded/accelerate_loading.py)."""
         self.cuts_packed = self.cuts and not self.cuts_whole
         self.shards_packed = (self.layout.gathers or self.flat) and not (
             behaviour.accelerate_fsdp2 and job.quantization.storage == "uint8"

@@ -7,14 +7,14 @@ A 3-D input is folded to a matrix, so every product is `mm`, or `addmm` where th
 
 from __future__ import annotations
 
-from memplan.tape import zero3_linear
-from memplan.tape.fsdp1 import Fsdp1Units
 from memplan.tape.gptq import add_to_view, dequantised, recomputed, unpacked
 from memplan.tape.graph import Graph
 from memplan.tape.linear_layer import Adapter, Gptq, Linear
 from memplan.tape.modules import called, hooked, left
 from memplan.tape.ops import add, add_in_place, cast, dropout, scale
 from memplan.tape.quantized import product
+from memplan.tape.sharded import zero3_linear
+from memplan.tape.sharded.fsdp1 import Fsdp1Units
 from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
 
 

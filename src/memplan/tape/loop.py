@@ -14,7 +14,6 @@ from memplan.job.spec import Job
 from memplan.tape.batches import Batches
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import backward
-from memplan.tape.fsdp2_accelerate import head_begins, head_ends
 from memplan.tape.graph import Attributes, Graph
 from memplan.tape.kernels import liger_loss, triton_cross_entropy
 from memplan.tape.loss import chunked_loss, cross_entropy, full_loss
@@ -24,12 +23,13 @@ from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.parts import Model
 from memplan.tape.programs import Settings, decoder
 from memplan.tape.programs import logits as logits_of
-from memplan.tape.sharding import whole_root
+from memplan.tape.sharded.fsdp2_accelerate import head_begins, head_ends
+from memplan.tape.sharded.sharding import whole_root
+from memplan.tape.sharded.zero import ZeroOptimizer
+from memplan.tape.sharded.zero3 import Zero3Optimizer
 from memplan.tape.tensors import Tensor
 from memplan.tape.trl_head import Outputs, trl_forward, trl_loss
 from memplan.tape.views import whole_slices
-from memplan.tape.zero import ZeroOptimizer
-from memplan.tape.zero3 import Zero3Optimizer
 
 Optimizer = OptimizerProgram | ZeroOptimizer | Zero3Optimizer
 

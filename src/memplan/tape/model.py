@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from functools import partial
 
-from memplan.tape.accelerate_loading import broadcast
 from memplan.tape.added import attach_adapters, attach_npt
 from memplan.tape.builder import Builder
 from memplan.tape.checkpoint_size import checkpoint_bytes
-from memplan.tape.ddp import Buckets
-from memplan.tape.fsdp1 import cut_flat
 from memplan.tape.linear_layer import Linear
 from memplan.tape.packing import expected_bytes, make_map, prepare_kbit
 from memplan.tape.parts import Model, linear_spec
-from memplan.tape.sharding import GATHER_STREAM, fill_shards
+from memplan.tape.sharded.accelerate_loading import broadcast
+from memplan.tape.sharded.ddp import Buckets
+from memplan.tape.sharded.fsdp1 import cut_flat
+from memplan.tape.sharded.sharding import GATHER_STREAM, fill_shards
+from memplan.tape.sharded.wrapping import upcast_shards, wrap_units
 from memplan.tape.targets import copies
-from memplan.tape.wrapping import upcast_shards, wrap_units
 
 
 def build_model(builder: Builder, npt_layers: frozenset[int], checkpointed: frozenset[int]) -> Model:

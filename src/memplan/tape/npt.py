@@ -22,7 +22,7 @@ from memplan.tape.programs import Settings, decoder
 from memplan.tape.programs.blocks import Attend
 from memplan.tape.programs.gpt2 import gpt2_mlp
 from memplan.tape.programs.layers import activation, gated_mlp
-from memplan.tape.sharding import whole_root
+from memplan.tape.sharded.sharding import whole_root
 from memplan.tape.tensors import Gradients, Node, Tensor
 
 

@@ -15,7 +15,7 @@ from memplan.tape.loss import Locals
 from memplan.tape.low_bit import LOW_BIT, Buffer, state_buffers, step_buffers
 from memplan.tape.packing import DYNAMIC_MAP_BYTES
 from memplan.tape.scratch import adafactor, foreach_norm
-from memplan.tape.sharding import SHARDED, layout
+from memplan.tape.sharded.sharding import SHARDED, layout
 from memplan.tape.tensors import ITEMSIZE, Parameter, Tensor
 
 SMALL_8BIT_ELEMENTS = 4096

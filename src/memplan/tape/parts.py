@@ -8,10 +8,10 @@ from typing import NamedTuple
 from memplan.model.architecture import Architecture
 from memplan.model.families import layout as layout_of
 from memplan.model.families.layout import Module
-from memplan.tape.ddp import Buckets
 from memplan.tape.experts import Stack
 from memplan.tape.graph import Graph
 from memplan.tape.linear_layer import Linear
+from memplan.tape.sharded.ddp import Buckets
 from memplan.tape.tensors import Parameter, Tensor
 from memplan.tape.token_rows import TokenRows, merged
 

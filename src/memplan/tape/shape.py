@@ -15,9 +15,6 @@ from memplan.model.families import REMOTE_CODE
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.builder import Builder
 from memplan.tape.encoders import refuse_for_encoder
-from memplan.tape.fsdp1 import Fsdp1Units
-from memplan.tape.fsdp2 import Fsdp2Units
-from memplan.tape.fsdp2_accelerate import AccelerateUnits
 from memplan.tape.graph import Graph
 from memplan.tape.hooks import Units
 from memplan.tape.loop import Loop, Optimizer, Recording
@@ -26,11 +23,14 @@ from memplan.tape.optimizer import OptimizerProgram
 from memplan.tape.packing import refuse_left_in_16_bits
 from memplan.tape.parts import Model
 from memplan.tape.programs import FAMILIES
+from memplan.tape.sharded.fsdp1 import Fsdp1Units
+from memplan.tape.sharded.fsdp2 import Fsdp2Units
+from memplan.tape.sharded.fsdp2_accelerate import AccelerateUnits
+from memplan.tape.sharded.zero import ZeroOptimizer
+from memplan.tape.sharded.zero3 import Zero3Optimizer
+from memplan.tape.sharded.zero_groups import zero_stage
 from memplan.tape.stored import refuse_unlike_stored
 from memplan.tape.targets import check_targets
-from memplan.tape.zero import ZeroOptimizer
-from memplan.tape.zero3 import Zero3Optimizer
-from memplan.tape.zero_groups import zero_stage
 
 NPT_FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 """Families whose blocks `memplan.npt` converts; Mistral counts as `llama`."""

@@ -13,7 +13,7 @@ from memplan.model.architecture import Architecture
 from memplan.model.families import layout
 from memplan.model.families.layout import Module
 from memplan.tape.packing import packs
-from memplan.tape.sharding import SHARDED
+from memplan.tape.sharded.sharding import SHARDED
 
 _ACTIVATIONS = {
     "gpt2": "mlp.act", "gpt_neox": "mlp.act", "gpt_bigcode": "mlp.act", "falcon": "mlp.act",

@@ -10,9 +10,9 @@ from memplan.model.architecture import Architecture
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.repeat import Expansion, NotRepeatable, Selection, choose_layers
 from memplan.tape.shape import checkpointed_layers, npt_layers, record
+from memplan.tape.sharded.zero_groups import as_deepspeed_runs_it, zero_stage
 from memplan.tape.targets import targets_by_block
 from memplan.tape.vocabulary import with_special_tokens
-from memplan.tape.zero_groups import as_deepspeed_runs_it, zero_stage
 
 NUM_STEPS = 2
 """Optimizer states appear in the first step; from the second on every step is the same."""

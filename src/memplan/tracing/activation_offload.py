@@ -26,7 +26,7 @@ SMALLEST_BYTES = 1024
 MAX_STASH = 5
 """`max_fwd_stash_size`: so many saved tensors later one is let go, those that stay counted too."""
 TRANSFER_STREAM = 5
-"""Of the copies; beside those of sharding (tape/sharding.py)."""
+"""Of the copies; beside those of sharding (tape/sharded/sharding.py)."""
 
 
 _Key = tuple[int, int, torch.dtype]

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memplan.errors import RunError
 from memplan.job.spec import Job
-from memplan.tape.sharding import SHARDED
+from memplan.tape.sharded.sharding import SHARDED
 from memplan.train.build import Built, build_model
 from memplan.train.data import MicroBatch
 from memplan.train.group import ALONE, Group

@@ -13,7 +13,7 @@ from memplan.job.fields import field_value
 from memplan.job.spec import Job
 from memplan.model import resolve_config
 from memplan.model.config import class_name_of, is_masked_lm
-from memplan.tape.sharding import SHARDED
+from memplan.tape.sharded.sharding import SHARDED
 from memplan.train.trackers import PACKAGES
 
 if TYPE_CHECKING:

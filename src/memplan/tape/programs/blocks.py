@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from memplan.tape.behaviour import Behaviour
 from memplan.tape.engine import backward_from
-from memplan.tape.fsdp1 import Fsdp1Units
 from memplan.tape.graph import Graph
 from memplan.tape.hooks import Units
 from memplan.tape.modules import entered, left
 from memplan.tape.ops import cast
 from memplan.tape.parts import Block, Model
 from memplan.tape.recomputation import CheckpointFrame
+from memplan.tape.sharded.fsdp1 import Fsdp1Units
 from memplan.tape.tensors import Gradients, Node, Parameter, Tensor
 
 CPU_RNG_STATE_BYTES = 5056

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.tape.fsdp2_accelerate import embedding_begins, embedding_ends, norm_begins
 from memplan.tape.graph import Graph
 from memplan.tape.modules import entered, left
 from memplan.tape.norms import embedding
@@ -13,6 +12,7 @@ from memplan.tape.parts import Model
 from memplan.tape.programs.blocks import Given, RunBlock, Settings, run_blocks
 from memplan.tape.programs.layers import leaf, rotary_table
 from memplan.tape.programs.masks import attention_mask, positions
+from memplan.tape.sharded.fsdp2_accelerate import embedding_begins, embedding_ends, norm_begins
 from memplan.tape.tensors import Tensor
 
 LastNorm = Callable[[Graph, Model, Tensor, Settings], Tensor]

@@ -17,8 +17,8 @@ from memplan.job.spec import Job
 from memplan.tape import scratch
 from memplan.tape.graph import Graph
 from memplan.tape.optimizer import OptimizerProgram, parameter_groups
+from memplan.tape.sharded.zero_groups import FlatGroup, reduce_bucket_elements, zero_stage
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
-from memplan.tape.zero_groups import FlatGroup, reduce_bucket_elements, zero_stage
 
 
 class ZeroOptimizer:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from memplan.job.spec import Job
 from memplan.tape.graph import Graph
+from memplan.tape.sharded.zero_groups import zero_stage
 from memplan.tape.tensors import ITEMSIZE, Parameter
-from memplan.tape.zero_groups import zero_stage
 
 GATHER_STREAM = 1
 REDUCE_STREAM = 2

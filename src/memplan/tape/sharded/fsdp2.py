@@ -13,7 +13,7 @@ from __future__ import annotations
 from math import prod
 
 from memplan.tape.graph import Graph
-from memplan.tape.sharding import (
+from memplan.tape.sharded.sharding import (
     ALL_REDUCE_STREAM,
     GATHER_STREAM,
     REDUCE_STREAM,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from memplan.model.architecture import Architecture
 from memplan.tape.graph import Graph
-from memplan.tape.sharding import Part
+from memplan.tape.sharded.sharding import Part
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage
 from memplan.units import MiB
 

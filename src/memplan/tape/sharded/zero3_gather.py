@@ -21,7 +21,7 @@ from memplan.tape.graph import Graph
 from memplan.tape.hooks import Key
 from memplan.tape.modules import Module
 from memplan.tape.scratch import zero3_fetched
-from memplan.tape.sharding import GATHER_STREAM
+from memplan.tape.sharded.sharding import GATHER_STREAM
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Storage, Tensor
 
 MAX_LIVE_PARAMETERS = 1_000_000_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 from memplan.tape.graph import Graph
 from memplan.tape.linear_layer import Linear
 from memplan.tape.packing import packed_bytes
-from memplan.tape.sharding import Layout, shard_shape
+from memplan.tape.sharded.sharding import Layout, shard_shape
 from memplan.tape.tensors import Parameter, Shape, Storage
 
 

@@ -16,13 +16,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from memplan.tape.fsdp2_accelerate import EMBEDDING, TAIL
 from memplan.tape.graph import Graph
 from memplan.tape.linear_layer import Linear
 from memplan.tape.packing import DYNAMIC_MAP_BYTES
-from memplan.tape.sharding import Part, shard_shape
+from memplan.tape.sharded.fsdp2_accelerate import EMBEDDING, TAIL
+from memplan.tape.sharded.sharding import Part, shard_shape
+from memplan.tape.sharded.wrapping import buckets_of_broadcast
 from memplan.tape.tensors import ITEMSIZE, Parameter, Shape, Storage
-from memplan.tape.wrapping import buckets_of_broadcast
 
 
 class WholeUnits:

@@ -15,7 +15,14 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 from memplan.tape.graph import Graph
-from memplan.tape.sharding import GATHER_STREAM, PRE_GATHER_STREAM, REDUCE_STREAM, Contents, Layout, Part
+from memplan.tape.sharded.sharding import (
+    GATHER_STREAM,
+    PRE_GATHER_STREAM,
+    REDUCE_STREAM,
+    Contents,
+    Layout,
+    Part,
+)
 from memplan.tape.tensors import ITEMSIZE, Gradients, Node, Parameter, Storage, Tensor
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 from memplan.job.spec import Job
 from memplan.model.architecture import Architecture
 from memplan.model.families import layout as layout_of
-from memplan.tape.fsdp2 import Fsdp2Units
 from memplan.tape.graph import Graph
-from memplan.tape.sharding import Contents, Layout
+from memplan.tape.sharded.fsdp2 import Fsdp2Units
+from memplan.tape.sharded.sharding import Contents, Layout
 from memplan.tape.tensors import Gradients, Node, Tensor
 
 EMBEDDING, TAIL = -1, -2

@@ -13,10 +13,10 @@ from memplan.job.spec import Job
 from memplan.tape import scratch
 from memplan.tape.graph import Graph
 from memplan.tape.optimizer import OptimizerProgram, parameter_groups
-from memplan.tape.sharding import REDUCE_STREAM
+from memplan.tape.sharded.sharding import REDUCE_STREAM
+from memplan.tape.sharded.zero3_gather import Coordinator
+from memplan.tape.sharded.zero_groups import persistence_threshold, prefetch_elements, reduce_bucket_elements
 from memplan.tape.tensors import ITEMSIZE, Parameter, Storage, Tensor
-from memplan.tape.zero3_gather import Coordinator
-from memplan.tape.zero_groups import persistence_threshold, prefetch_elements, reduce_bucket_elements
 
 SUB_GROUP_ELEMENTS = 1_000_000_000
 """`sub_group_size`, DeepSpeed's default: the step goes over the parts in stretches of so many elements."""
