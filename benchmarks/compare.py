@@ -209,7 +209,7 @@ class Run:
 
     def _device_bytes(self) -> int:
         """What the driver shows: at a card's capacity the allocator gives its cache back instead of growing."""
-        limit, replayed = self.limit_bytes, self.replay
+        limit, replayed = self.limit_bytes, self.at_either_pace()
         if limit is not None and replayed.peak_reserved_bytes > limit:
             with suppress(AllocatorOutOfMemory):
                 replayed = self._through_the_allocator(limit_bytes=limit)

@@ -3,7 +3,7 @@ peft's comparison of adapter methods, traced: peak reserved memory. `python -m b
 
 Traces the training loop of the runs in `data/peft_metamathqa.json` (those whose names begin with NAME) with the
 installed torch, transformers and peft. Keeps the results in `data/peft_traced.json`, beside those of other versions.
-All of them take ten to twenty minutes. The published runs are of
+All of them take a minute or two. The published runs are of
 
     pip install torch==2.13.0 transformers==5.13.1 "peft @ git+https://github.com/huggingface/peft@d787f51b"
 

@@ -66,9 +66,9 @@ GROUP_NOTES = {
     ASSUMED: "The same, where the source leaves one thing open that is assumed.",
     SHARDED: (
         "FSDP1, unit by unit, and replicas. FSDP1 hands blocks from stream to stream (`record_stream`): reserved and "
-        "device are of a host that is as far ahead of the device as FSDP1's limit on gathers and what waits for the "
-        "device allow. Its flat shards end inside tensors, so that every rank has other parts of them: device is the "
-        "mean over the ranks, as published, and the rest is of the first."
+        "device are the higher of two paces, a device that keeps up and a host that is as far ahead of it as FSDP1's "
+        "limit on gathers and what waits for the device allow. Its flat shards end inside tensors, so that every rank "
+        "has other parts of them: device is the mean over the ranks, as published, and the rest is of the first."
     ),
     OTHER: (
         "Llama 3 8B, all of it trained on four A100s, planned by shape: FSDP1 with a unit for each block, as "
