@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 from memplan.tape.graph import Graph
@@ -159,14 +161,22 @@ def _causal_mask(g: Graph, batch: int, length: int, window: int | None) -> Tenso
 
 def _not_padding(g: Graph, batch: int, length: int, window: int | None) -> Tensor:
     """(B, 1, S, S): as without a mask, and then those keys of the given one (padding_mask_function)."""
+    keys = partial(g.new, (batch, 1, 1, length), "bool", "keys that are no padding")
+    return _causal_and(g, keys, batch, length, window, "causal mask")
+
+
+def _causal_and(
+    g: Graph, other: Callable[[], Tensor], batch: int, length: int, window: int | None, name: str
+) -> Tensor:
+    """(B, 1, S, S) of (1, 1, S, S), which is made first, and what differs from row to row (and_masks)."""
     result = g.new((), "bool", "mask so far")
     part = _causal_mask(g, 1, length, window)
     both = g.new((1, 1, length, length), "bool", "mask so far")
     del part
     result = both
     del both
-    part = g.new((batch, 1, 1, length), "bool", "keys that are no padding")
-    mask = g.new((batch, 1, length, length), "bool", "causal mask")
+    part = other()
+    mask = g.new((batch, 1, length, length), "bool", name)
     del part, result
     return mask
 
@@ -193,16 +203,7 @@ def _packed_mask(g: Graph, batch: int, length: int, window: int | None) -> Tenso
 
 def _packed_mask_of_rows(g: Graph, batch: int, length: int, window: int | None) -> Tensor:
     """As `Behaviour.remap_positions` says of the versions before: (1, 1, S, S), and then the same document."""
-    result = g.new((), "bool", "mask so far")
-    part = _causal_mask(g, 1, length, window)
-    both = g.new((1, 1, length, length), "bool", "mask so far")
-    del part
-    result = both
-    del both
-    part = _same_document(g, batch, length)
-    mask = g.new((batch, 1, length, length), "bool", "packed mask")
-    del part, result
-    return mask
+    return _causal_and(g, partial(_same_document, g, batch, length), batch, length, window, "packed mask")
 
 
 def _same_document(g: Graph, batch: int, length: int) -> Tensor:
